@@ -1,0 +1,1 @@
+"""The configuration tree, as YAML. Hydra finds it as pkg://megalite.conf."""

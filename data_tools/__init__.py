@@ -1,0 +1,1 @@
+"""Raw text -> tokenizer and token store. Never imports torch."""

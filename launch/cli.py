@@ -1,0 +1,131 @@
+"""The `megalite` command: finds the subcommand, prints help, and turns errors into one message and an exit code."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import megalite
+from megalite.config.compose import CONF
+from megalite.config.help import describe_keys
+from megalite.errors import EXIT_CONFIG, EXIT_OK, MegaliteError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand. `schema` names the dataclass in megalite.config.schema whose keys it takes."""
+
+    function: str  # module:function, called with the arguments after the subcommand's name
+    summary: str
+    example: str
+    schema: str | None = None
+
+
+COMMANDS = {
+    "tokenizer train": Command(
+        "tokenizer:train",
+        "train a tokenizer on raw text",
+        "megalite tokenizer train input=books/*.txt output=tokenizers/books tokenizer.vocab_size=8192",
+        "TokenizerTrainConfig",
+    ),
+    "data build": Command(
+        "data:build",
+        "turn raw text into a token store",
+        "megalite data build input=books/*.txt output=stores/books tokenizer.path=tokenizers/books",
+        "DataBuildConfig",
+    ),
+    "data verify": Command(
+        "data:verify", "compare a token store with its checksums", "megalite data verify store=stores/books/train/books"
+    ),
+    "data inspect": Command(
+        "data:inspect",
+        "look at a token store and some of its documents",
+        "megalite data inspect store=stores/books/train/books documents=3",
+    ),
+    "train": Command(
+        "commands:train",
+        "train a model; the same command again continues",
+        "megalite train model=gpt2_124m data.train=stores/books/train/books parallel=tp2 launch.nproc_per_node=4",
+        "TrainConfig",
+    ),
+    "eval": Command(
+        "commands:evaluate",
+        "loss, perplexity and bits per byte of a checkpoint",
+        "megalite eval run_dir=outputs/quickstart",
+        "EvaluateConfig",
+    ),
+    "generate": Command(
+        "commands:generate",
+        "let a checkpoint write",
+        'megalite generate run_dir=outputs/quickstart prompt="ROMEO:" temperature=0.8',
+        "GenerateConfig",
+    ),
+    "report": Command(
+        "report:report", "draw a run's curves into report.html", "megalite report run_dir=outputs/quickstart"
+    ),
+    "doctor": Command("doctor:doctor", "is this machine fit to run?", "megalite doctor"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code (see megalite/errors.py)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments in (["--version"], ["version"]):
+        print(f"megalite {megalite.__version__}")
+        return EXIT_OK
+    name, rest = _split(arguments)
+    if name is None:
+        asks_for_help = not arguments or arguments[0] in ("-h", "--help", "help") or arguments[-1] in ("-h", "--help")
+        if not asks_for_help:
+            print(f"megalite: there is no command {' '.join(arguments[:2])!r}\n", file=sys.stderr)
+        print(_overview(), file=sys.stdout if asks_for_help else sys.stderr)
+        return EXIT_OK if asks_for_help else EXIT_CONFIG
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(_help(name))
+        return EXIT_OK
+    try:
+        return _function(COMMANDS[name])(rest)
+    except MegaliteError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `megalite ... | head`: the reader has gone; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The subcommand, of one or two words, and what follows it."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS and len(arguments) >= words:
+            return name, arguments[words:]
+    return None, arguments
+
+
+def _function(command: Command) -> Callable[[list[str]], int]:
+    module, _, function = command.function.partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), function)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: megalite COMMAND key=value ...", "", *lines, "", "megalite COMMAND --help lists a command's keys."]
+    )
+
+
+def _help(name: str) -> str:
+    command = COMMANDS[name]
+    lines = [f"megalite {name}: {command.summary}", "", f"  {command.example}"]
+    if command.schema:
+        lines += ["", f"keys (defaults; YAML in {CONF}):", *describe_keys(command.schema)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Drivers of the commands that need torch; it is imported inside the functions, after the configuration is checked."""
+
+import os
+import sys
+from pathlib import Path
+
+from megalite.config.compose import compose_config, compose_train, save_config
+from megalite.config.place import Place, count_gpus
+from megalite.config.schema import EvaluateConfig, GenerateConfig
+from megalite.config.validate import validate_generate, validate_train
+from megalite.errors import ConfigError
+from megalite.log import setup_logging
+from megalite.preflight import preflight
+
+from .spawn import spawn_ranks
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model: compose, check, freeze into run_dir/config.yaml, start the local ranks."""
+    setup_logging()
+    config = compose_train(arguments)
+    world_size = config.launch.nproc_per_node or max(1, count_gpus())
+    validate_train(config, world_size)
+    config = preflight(config)
+    save_config(config, Path(config.run_dir) / "config.yaml")
+    if world_size > 1 and not count_gpus():
+        # Read when torch is imported, below: ranks share the cores.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    from megalite.train import train as train_rank
+
+    if world_size == 1:
+        train_rank(config, Place())
+        return 0
+    return spawn_ranks(lambda place: train_rank(config, place), world_size)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Print loss, perplexity and bits per byte of a checkpoint on whole documents, by source."""
+    setup_logging()
+    config = compose_config("eval", EvaluateConfig, arguments)
+    if config.micro_batch_size < 1:
+        raise ConfigError(f"micro_batch_size: found {config.micro_batch_size}, must be at least 1")
+    from megalite.evaluate import evaluate as run
+
+    for name, value in run(config).items():
+        print(f"{name} {value:.6g}")
+    return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """Print text that a checkpoint writes."""
+    setup_logging()
+    config = compose_config("generate", GenerateConfig, arguments)
+    validate_generate(config)
+    from megalite.generate import generate as run
+
+    for number, text in enumerate(run(config)):
+        if number:
+            print("-" * 40)
+        print(text)
+        sys.stdout.flush()
+    return 0

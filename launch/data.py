@@ -1,0 +1,102 @@
+"""`megalite data build`, `verify` and `inspect`: raw text into token stores, and a look into them."""
+
+from collections.abc import Sequence
+
+from megalite.config.compose import compose_config
+from megalite.config.schema import DataBuildConfig
+from megalite.errors import ConfigError
+
+
+def build(argv: Sequence[str]) -> int:
+    """Tokenise text files into token stores: output/{train,validation}/<source>/.
+
+    Example: megalite data build input=books/ output=data/books tokenizer.path=data/tokenizer workers=8
+
+    Keys (conf/data_build.yaml): input (files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), output,
+    tokenizer.path, reader.format, reader.document, reader.text_column, reader.id_column, reader.source_column,
+    reader.language_column, reader.split_column, reader.source, reader.on_bad (stop, skip), validation_fraction, seed,
+    workers, shard_tokens, overwrite.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from megalite.data_tools.building import build_store
+
+    report = build_store(compose_config("data_build", DataBuildConfig, argv))
+    table = Table("store", title=f"token stores in {report.output}")
+    for heading in ("documents", "tokens", "bytes", "bytes per token"):
+        table.add_column(heading, justify="right")
+    for name, store in report.stores.items():
+        table.add_row(
+            name, f"{store.documents:,}", f"{store.tokens:,}", f"{store.bytes:,}", f"{store.bytes_per_token:.2f}"
+        )
+    console = Console()
+    console.print(table)
+    skipped = ", ".join(f"{count:,} x {reason}" for reason, count in report.skipped.items()) or "nothing"
+    console.print(
+        f"{report.documents_read:,} documents from {report.files:,} files; skipped: {skipped}", highlight=False
+    )
+    return 0
+
+
+def verify(argv: Sequence[str]) -> int:
+    """Read token stores again and compare every file with the digests in the manifests.
+
+    Example: megalite data verify store=data/books/train/books
+
+    Keys: store (a token store, or a folder with several, such as the output of `megalite data build`).
+    """
+    from megalite.data_tools.inspection import verify_stores
+
+    for store in verify_stores(_keys(argv, {"store": None})["store"]):
+        print(f"{store}: whole")
+    return 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Show a token store's counts and its first documents, decoded.
+
+    Example: megalite data inspect store=data/books/train/books documents=3
+
+    Keys: store (a token store, or a folder with several), documents (3: how many of each are printed).
+    """
+    from rich.console import Console
+    from rich.rule import Rule
+
+    from megalite.data.format import TokenStore
+    from megalite.data_tools.inspection import find_stores, inspect_documents
+
+    keys = _keys(argv, {"store": None, "documents": "3"})
+    if not keys["documents"].isdecimal():
+        raise ConfigError(f"documents: expected a whole number, found {keys['documents']!r}")
+    console = Console()
+    for path in find_stores(keys["store"]):
+        store = TokenStore.open(path)
+        manifest = store.manifest
+        name, digest = (manifest.tokenizer.name, manifest.tokenizer.digest) if manifest.tokenizer else ("none", "-")
+        console.print(Rule(str(path)))
+        console.print(
+            f"source {manifest.source}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
+            f"{manifest.num_bytes:,} bytes of text, {len(manifest.shards)} shards of {manifest.dtype}\n"
+            f"tokenizer {name} with {manifest.vocab_size:,} entries, digest {digest}",
+            highlight=False,
+        )
+        for document in inspect_documents(store, int(keys["documents"])):
+            console.print(Rule(f"document {document.index}: {document.num_tokens} tokens, {document.num_bytes} bytes"))
+            console.print(document.text, markup=False, highlight=False)
+    return 0
+
+
+def _keys(argv: Sequence[str], defaults: dict[str, str | None]) -> dict[str, str]:
+    """`key=value` arguments; one without a key is the store. Raises `ConfigError`."""
+    keys = dict(defaults)
+    for argument in argv:
+        key, separator, value = argument.partition("=")
+        if not separator:
+            key, value = "store", argument
+        if key not in defaults:
+            raise ConfigError(f"unknown key {key}. Allowed here: {', '.join(defaults)}")
+        keys[key] = value
+    if not keys["store"]:
+        raise ConfigError("store is required: give it as store=PATH")
+    return {key: value for key, value in keys.items() if value is not None}

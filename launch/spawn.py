@@ -1,0 +1,108 @@
+"""Start ranks on this machine: the only place in the project that starts processes of a training run.
+
+Ranks are forked from a parent that has done the slow imports (torch and DeepSpeed take seconds) and has touched no
+device, and meet through a file, so no port is taken.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from megalite.config.place import Place
+from megalite.errors import EXIT_FAILURE, MegaliteError
+
+_PR_SET_PDEATHSIG = 1
+_GRACE_SECONDS = 10.0  # between the polite signal and the last one
+
+
+def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
+    """Run `target(place)` in `world_size` forked processes and wait for all; returns the exit code of the run.
+
+    When one rank fails, the others, which wait for it in a collective, are ended, and the first failure's code is
+    returned. SIGINT and SIGTERM are passed on to the ranks. A rank dies with its parent.
+    """
+    context = multiprocessing.get_context("fork")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen on the loopback only
+    with tempfile.TemporaryDirectory(prefix="megalite-") as folder:
+        init_method = f"file://{Path(folder) / 'store'}"
+        ranks = [
+            context.Process(
+                target=_run, args=(target, Place(r, r, world_size, world_size, init_method), os.getpid()), name=f"rank {r}"
+            )
+            for r in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        previous = {number: signal.signal(number, _forwarder(ranks)) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return _wait(ranks)
+        finally:
+            _end(ranks)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _run(target: Callable[[Place], None], place: Place, parent: int) -> None:
+    """The life of one rank."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(EXIT_FAILURE)  # the parent died before the line above
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code = 0
+    try:
+        target(place)
+    except MegaliteError as error:
+        print(f"rank {place.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except SystemExit as exit_request:
+        code = exit_request.code if isinstance(exit_request.code, int) else EXIT_FAILURE
+    except BaseException:
+        print(f"rank {place.rank}:\n{traceback.format_exc()}", file=sys.stderr)
+        code = EXIT_FAILURE
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Skip the interpreter's teardown: process groups hold threads that may wait for a peer which has already gone.
+    os._exit(code)
+
+
+def _wait(ranks: list[BaseProcess]) -> int:
+    waiting = {process.sentinel: process for process in ranks}
+    while waiting:
+        for sentinel in wait(list(waiting)):
+            process = waiting.pop(sentinel)  # type: ignore[index]
+            process.join()
+            if process.exitcode:
+                if process.exitcode < 0:
+                    print(f"{process.name} was ended by signal {-process.exitcode}", file=sys.stderr)
+                return process.exitcode if process.exitcode > 0 else 128 - process.exitcode
+    return 0
+
+
+def _forwarder(ranks: list[BaseProcess]) -> Callable[[int, FrameType | None], None]:
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+
+    return forward
+
+
+def _end(ranks: list[BaseProcess]) -> None:
+    for process in ranks:
+        if process.is_alive():
+            process.terminate()
+    for process in ranks:
+        process.join(_GRACE_SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()

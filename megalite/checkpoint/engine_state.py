@@ -1,0 +1,94 @@
+"""Reading and writing the fp32 weights and Adam moments inside DeepSpeed's ZeRO engines, one parameter at a time.
+
+Every function is collective over the data axis. Tensors are this tensor-parallel rank's shard, whole over the data axis.
+"""
+
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+from megalite.engine import Engine
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def get_tensor(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+    """The fp32 weight (`weight`) or a moment (`exp_avg`, `exp_avg_sq`) of `parameter`."""
+    if engine.zero_stage == 0:
+        return parameter.detach() if kind == "weight" else engine.optimizer.state[parameter][kind]
+    value = safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+    assert value is not None, f"DeepSpeed holds no {kind} for a parameter of shape {tuple(parameter.shape)}"
+    return value
+
+
+def set_tensor(engine: Engine, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    """Overwrite what `get_tensor` reads; a weight is copied into the model's own parameter too.
+
+    Call `create_moments` first: before its first step the optimizer has none.
+    """
+    value = value.to(engine.mesh.device, torch.float32)
+    if kind != "weight":
+        if engine.zero_stage == 0:
+            engine.optimizer.state[parameter][kind].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+        return
+    if engine.zero_stage > 0:
+        safe_set_full_fp32_param(parameter, value)
+    if engine.zero_stage < 3:
+        parameter.data.copy_(value)
+        return
+    # ZeRO 3: this rank's piece of the flat tensor; small parameters are kept whole on every rank besides.
+    piece, flat = parameter.ds_tensor, value.flatten()  # type: ignore[attr-defined]
+    start = engine.mesh.data.rank * piece.numel()
+    piece[: len(flat[start : start + piece.numel()])].copy_(flat[start : start + piece.numel()])
+    if parameter.data.shape == value.shape:
+        parameter.data.copy_(value)
+
+
+def create_moments(engine: Engine, optimizer_step: int) -> None:
+    """Give the optimizer zero moments and its step count, as if it had stepped before."""
+    inner = _inner_optimizer(engine)
+    if engine.zero_stage == 3:
+        flats = list(engine.optimizer.fp32_partitioned_groups_flat)
+    else:
+        flats = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for flat in flats:
+        inner.state[flat] = {"step": torch.tensor(float(optimizer_step), device=flat.device)} | {
+            kind: torch.zeros_like(flat) for kind in _MOMENTS
+        }
+    if engine.zero_stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def optimizer_step(engine: Engine) -> int:
+    """Adam's step count."""
+    counts = {int(state["step"]) for state in _inner_optimizer(engine).state.values() if "step" in state}
+    assert len(counts) <= 1, f"parameters disagree on the number of optimizer steps: {counts}"
+    return counts.pop() if counts else 0
+
+
+def get_loss_scaler(engine: Engine) -> dict[str, float]:
+    """The state of fp16's dynamic loss scale; empty in other precisions."""
+    if engine.precision != "fp16":
+        return {}
+    return {name: getattr(engine.optimizer.loss_scaler, name) for name in _SCALER}
+
+
+def set_loss_scaler(engine: Engine, values: dict[str, float]) -> None:
+    """Restore what `get_loss_scaler` read; a run that turned to fp16 only now keeps its fresh scale."""
+    if engine.precision == "fp16":
+        for name, value in values.items():
+            setattr(engine.optimizer.loss_scaler, name, value)
+
+
+def _inner_optimizer(engine: Engine) -> Any:
+    """torch's optimizer, under DeepSpeed's wrapper if there is one."""
+    return engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer

@@ -1,0 +1,92 @@
+"""Loading logical tensors into an engine of any layout, or into a bare model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+from megalite.checkpoint.engine_state import create_moments, set_loss_scaler, set_tensor
+from megalite.checkpoint_format import KINDS, Manifest, newest_checkpoint, read_manifest, verify_file
+from megalite.engine import Engine
+from megalite.errors import CheckpointError
+from megalite.mesh import Mesh
+from megalite.models import named_logical_parameters
+
+
+def choose_checkpoint(resume: str, run_dir: Path, mesh: Mesh) -> Path | None:
+    """What `checkpoint.resume` means for this run: a checkpoint's folder, or None for a start from step 0.
+
+    Rank 0 looks and verifies, the others are told. Raises `CheckpointError` on every rank alike.
+    """
+    outcome: Any = None
+    if mesh.rank == 0:
+        try:
+            outcome = _choose(resume, run_dir)
+        except CheckpointError as error:
+            outcome = error
+    box = [outcome]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], CheckpointError):
+        raise box[0]
+    return box[0]
+
+
+def _choose(resume: str, run_dir: Path) -> Path | None:
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest_checkpoint(run_dir)
+    folder = Path(resume)
+    for entry in read_manifest(folder).files:
+        verify_file(folder, entry)
+    return folder
+
+
+def load_checkpoint(engine: Engine, folder: Path) -> Manifest:
+    """Fill weights, moments and counters of `engine` from a verified checkpoint; returns its manifest."""
+    manifest = read_manifest(folder)
+    reader = TensorReader(folder, manifest)
+    create_moments(engine, manifest.optimizer_step)
+    for name, parameter in engine.parameters():
+        for kind in KINDS:
+            full = reader.read(kind, name, parameter.shard.shape)  # type: ignore[attr-defined]
+            local = parameter.shard.slice(full, engine.mesh.tensor.rank, engine.mesh.tensor.size)  # type: ignore[attr-defined]
+            set_tensor(engine, parameter, kind, local)
+    set_loss_scaler(engine, manifest.loss_scaler)
+    return manifest
+
+
+def load_model(model: torch.nn.Module, folder: Path, mesh: Mesh) -> Manifest:
+    """Fill the weights of a materialized model without an engine, as evaluation and generation need it."""
+    manifest = read_manifest(folder)
+    reader = TensorReader(folder, manifest)
+    for name, parameter in named_logical_parameters(model):
+        full = reader.read("weight", name, parameter.shard.shape)  # type: ignore[attr-defined]
+        parameter.data.copy_(parameter.shard.slice(full, mesh.tensor.rank, mesh.tensor.size))  # type: ignore[attr-defined]
+    return manifest
+
+
+class TensorReader:
+    """Reads tensors of a checkpoint one by one, mapped from disk."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self._folder = folder
+        self._manifest = manifest
+        self._open: dict[str, Any] = {}
+
+    def read(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """One logical tensor, fp32 on the CPU. Raises `CheckpointError` when it is missing or of another shape."""
+        file = self._manifest.location(kind, name)
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self._folder / file, framework="pt")
+            tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._folder / file}: {name} cannot be read: {error}") from None
+        if tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self._folder / file}: {name} is {tuple(tensor.shape)}, the model has {tuple(shape)}"
+            )
+        return tensor

@@ -1,0 +1,122 @@
+"""Saving: every rank takes part in gathering, files are spread over all ranks, rank 0 commits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as serialize
+
+import megalite
+from megalite.checkpoint.engine_state import get_loss_scaler, get_tensor, optimizer_step
+from megalite.checkpoint_format import KINDS, FileEntry, Manifest, commit, create_temporary, prune, write_file
+from megalite.config.compose import config_values
+from megalite.engine import Engine
+from megalite.errors import CheckpointError
+
+FILE_BYTES = 512 << 20  # a file is closed when the next tensor would take it above this
+
+
+def save_checkpoint(engine: Engine, run_dir: Path, step: int, tokens_seen: int, skipped_steps: int) -> Path:
+    """Write `run_dir/checkpoints/step_<step>` from all ranks together; returns its path.
+
+    Memory on a rank: one file (`FILE_BYTES`, or one larger tensor) and its serialized copy. Raises `CheckpointError` on
+    every rank when any rank could not write; the checkpoints already there are untouched.
+    """
+    checkpoints = run_dir / "checkpoints"
+    rank = engine.mesh.rank
+    temporary = Path(_from_rank_0(str(create_temporary(checkpoints, step)) if rank == 0 else None))
+    entries: list[FileEntry] = []
+    error: str | None = None
+    for number, (kind, names) in enumerate(_plan(engine)):
+        writes = number % engine.mesh.world_size == rank
+        tensors = {}
+        for name in names:
+            full = _gather_full(engine, name, kind)
+            if writes:
+                tensors[name] = full.cpu().contiguous()
+        if writes and error is None:
+            try:
+                entries.append(_write(temporary, f"{kind}-{number:05d}.safetensors", kind, tensors))
+            except OSError as problem:
+                error = f"rank {rank} could not write a checkpoint file: {problem}"
+    files, errors = _gather_outcomes(entries, error)
+    if errors:
+        raise CheckpointError("; ".join(errors))
+    final = None
+    if rank == 0:
+        manifest = _manifest(engine, step, tokens_seen, skipped_steps, files)
+        final = str(commit(temporary, manifest))
+        prune(checkpoints, engine.config.checkpoint.keep)
+    return Path(_from_rank_0(final))
+
+
+def _plan(engine: Engine) -> Iterator[tuple[str, list[str]]]:
+    """The files to write as (kind, names of tensors), the same on every rank."""
+    for kind in KINDS:
+        names: list[str] = []
+        size = 0
+        for name, parameter in engine.parameters():
+            num_bytes = 4 * torch.Size(parameter.shard.shape).numel()  # type: ignore[attr-defined]
+            if names and size + num_bytes > FILE_BYTES:
+                yield kind, names
+                names, size = [], 0
+            names.append(name)
+            size += num_bytes
+        yield kind, names
+
+
+def _gather_full(engine: Engine, name: str, kind: str) -> torch.Tensor:
+    """The logical tensor: whole over the data axis, then put together over the tensor axis."""
+    parameter = dict(engine.parameters())[name]
+    local = get_tensor(engine, parameter, kind).contiguous()
+    shard, tensor = parameter.shard, engine.mesh.tensor  # type: ignore[attr-defined]
+    if shard.dim is None or tensor.size == 1:
+        return shard.gather([local])
+    pieces = [torch.empty_like(local) for _ in range(tensor.size)]
+    dist.all_gather(pieces, local, group=tensor.group)
+    return shard.gather(pieces)
+
+
+def _write(folder: Path, name: str, kind: str, tensors: dict[str, torch.Tensor]) -> FileEntry:
+    content = serialize(tensors)
+    digest = write_file(folder, name, content)
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    return FileEntry(name=name, kind=kind, num_bytes=len(content), digest=digest, tensors=shapes)
+
+
+def _manifest(engine: Engine, step: int, tokens_seen: int, skipped_steps: int, files: list[FileEntry]) -> Manifest:
+    return Manifest(
+        step=step,
+        samples_consumed=step * engine.config.trainer.global_batch_size,
+        tokens_seen=tokens_seen,
+        skipped_steps=skipped_steps,
+        optimizer_step=optimizer_step(engine),
+        loss_scaler=get_loss_scaler(engine),
+        seed=engine.config.seed,
+        config=config_values(engine.config),
+        topology={
+            "world_size": engine.mesh.world_size,
+            "tensor": engine.mesh.tensor.size,
+            "data": engine.mesh.data.size,
+            "zero_stage": engine.zero_stage,
+            "precision": engine.precision,
+            "device": engine.mesh.device.type,
+        },
+        versions={"megalite": megalite.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        files=sorted(files, key=lambda entry: entry.name),
+    )
+
+
+def _gather_outcomes(entries: list[FileEntry], error: str | None) -> tuple[list[FileEntry], list[str]]:
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (entries, error))
+    return [entry for part, _ in outcomes for entry in part], [problem for _, problem in outcomes if problem]
+
+
+def _from_rank_0(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,116 @@
+"""Conjugate collectives over one mesh axis: each knows its own backward.
+
+| function | forward             | backward            | used                                            |
+|----------|---------------------|---------------------|-------------------------------------------------|
+| copy     | identity            | all-reduce (sum)    | before a layer whose columns are split          |
+| reduce   | all-reduce (sum)    | identity            | after a layer whose rows are split              |
+| gather   | all-gather along dim| own slice           | to leave the tensor-parallel region             |
+| scatter  | own slice along dim | all-gather          | to enter it                                     |
+
+`copy` and `reduce` are f and g of Shoeybi et al. 2019 (Megatron-LM, section 3). All are the identity on an axis of size
+one. They are built from functional collectives inside `autograd.Function`s with an explicit wait, so that
+`torch.compile(fullgraph=True)` traces through them without a break.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
+from torch import Tensor
+
+from megalite.mesh import Axis
+
+_FunctionCtx = Any  # autograd's context takes any attribute
+
+
+def copy(x: Tensor, axis: Axis) -> Tensor:
+    """Identity; the backward sums the gradient over the axis. `x` must be equal on all its ranks."""
+    return x if axis.size == 1 else _Copy.apply(x, axis)
+
+
+def reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum of `x` over the axis, on every rank; the backward is the identity."""
+    return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Concatenate every rank's `x` along `dim`, in rank order; the backward keeps this rank's slice.
+
+    The gradient of the result must be equal on all ranks, which it is where everything after it is replicated.
+    """
+    return x if axis.size == 1 else _Gather.apply(x, axis, dim)
+
+
+def scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's slice of a replicated `x` along `dim`; the backward gathers all slices' gradients.
+
+    `x.shape[dim]` must be a multiple of the axis size.
+    """
+    return x if axis.size == 1 else _Scatter.apply(x, axis, dim)
+
+
+def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """`x` reduced over the axis by `op` (`sum` or `max`), as a new tensor; no gradient flows through it."""
+    return x if axis.size == 1 else _all_reduce(x.detach(), axis, op)
+
+
+def _all_reduce(x: Tensor, axis: Axis, op: str) -> Tensor:
+    return _wait(torch.ops._c10d_functional.all_reduce(x.contiguous(), op, axis.group_name))
+
+
+def _all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    # The collective stacks along dim 0; any other dim is a re-cut of that.
+    stacked = _wait(torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), axis.size, axis.group_name))
+    return stacked if dim == 0 else torch.cat(stacked.chunk(axis.size, dim=0), dim=dim)
+
+
+def _wait(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def _own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    assert x.shape[dim] % axis.size == 0, f"dim {dim} of {tuple(x.shape)} does not split into {axis.size}"
+    return x.chunk(axis.size, dim=dim)[axis.rank].contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _FunctionCtx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: _FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.axis, "sum"), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _FunctionCtx, x: Tensor, axis: Axis) -> Tensor:
+        return _all_reduce(x, axis, "sum")
+
+    @staticmethod
+    def backward(ctx: _FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _FunctionCtx, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return _all_gather(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: _FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _own_slice(grad, ctx.axis, ctx.dim), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _FunctionCtx, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return _own_slice(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: _FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _all_gather(grad, ctx.axis, ctx.dim), None, None

@@ -1,0 +1,51 @@
+"""What may differ between the configuration that saved a checkpoint and the one that resumes from it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megalite.config.compose import flatten
+from megalite.errors import CheckpointError
+
+# Layout, speed, logging: they change no number of the run.
+SAFE = (
+    "run_name", "run_dir", "launch", "logging", "checkpoint", "parallel",
+    "engine.zero_stage", "engine.offload", "engine.recompute", "engine.compile",
+    "trainer.stop_after", "trainer.log_every", "trainer.eval_every", "trainer.micro_batch_size",
+    "trainer.max_skipped_steps", "data.validation",
+)  # fmt: skip
+# The checkpoint's tensors would not fit, or would mean something else.
+REFUSED = ("model",)
+BUT_NOT_REFUSED = ("model.dropout",)
+
+
+def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+    """Compare two configurations (plain values); returns the safe and allowed changes as `key: old -> new`.
+
+    Raises `CheckpointError` for a change that is refused, or that changes the trajectory and is not in `allowed`.
+    """
+    before, after = flatten(old), flatten(new)
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    notes, refused, asked = [], [], []
+    for key in sorted(changed):
+        note = f"{key}: {before.get(key)} -> {after.get(key)}"
+        if _under(key, SAFE) or _under(key, allowed):
+            notes.append(note)
+        elif _under(key, REFUSED) and not _under(key, BUT_NOT_REFUSED):
+            refused.append(note)
+        else:
+            asked.append(note)
+    if refused:
+        raise CheckpointError("the checkpoint belongs to another model:\n  " + "\n  ".join(refused))
+    if asked:
+        keys = ",".join(note.split(":")[0] for note in asked)
+        raise CheckpointError(
+            "these changes would take the run off its trajectory:\n  "
+            + "\n  ".join(asked)
+            + "\nundo them, or allow them "
+            f"with checkpoint.allow_changes=[{keys}], or begin another run with another run_name"
+        )
+    return notes
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith((f"{prefix}.", f"{prefix}[")) for prefix in prefixes)

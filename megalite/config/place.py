@@ -1,0 +1,51 @@
+"""Where a process stands among the ranks: what launchers say in environment variables, read in this one place."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place. `init_method` is what `torch.distributed.init_process_group` takes."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1  # ranks on this machine
+    init_method: str | None = None  # None: a world of one that needs no rendezvous
+
+
+def place_from_environment(environment: Mapping[str, str] | None = None) -> Place:
+    """The place that torchrun or the deepspeed launcher gave this process; a world of one without a launcher.
+
+    Raises `ConfigError` when only some of the variables are set.
+    """
+    environment = os.environ if environment is None else environment
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    found = [name for name in names if name in environment]
+    if not found:
+        return Place()
+    missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ConfigError(f"the environment sets {', '.join(found)} but not {', '.join(missing)}: a launcher sets all")
+    rank, local_rank, world_size = (int(environment[name]) for name in names)
+    # The deepspeed launcher does not tell; on one machine, which is where it matters (CPU threads), all are local.
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
+    return Place(rank, local_rank, world_size, local_world_size, "env://")
+
+
+def count_gpus(environment: Mapping[str, str] | None = None) -> int:
+    """NVIDIA GPUs that a process started here would see, counted without torch."""
+    environment = os.environ if environment is None else environment
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([device for device in visible.split(",") if device.strip() and device.strip() != "-1"])
+    return len([device for device in Path("/dev").glob("nvidia[0-9]*") if device.name[6:].isdigit()])
+
+
+def drop_local_rank(arguments: list[str]) -> list[str]:
+    """The arguments without the `--local_rank=N` that the deepspeed launcher appends."""
+    return [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]

@@ -1,0 +1,301 @@
+"""The configuration as frozen dataclasses: one class for each group in `conf/`.
+
+These classes are what the program reads; `conf/*.yaml` is what the user edits, and `loader.py` checks the second against
+the first. Choices are `Literal`s; a test holds them equal to the tables of the functions that build things from them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Recompute = Literal["none", "selective", "full"]
+Offload = Literal["none", "optimizer", "parameters"]
+Positions = Literal["learned", "sinusoidal", "rotary"]
+Norm = Literal["layernorm", "rmsnorm"]
+Activation = Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture. Sizes are counts of elements; `None` is filled in as the comment says."""
+
+    architecture: Literal["decoder"] = "decoder"
+    vocab_size: int | None = None  # None: the vocabulary of the first training store
+    max_sequence_length: int = 1024  # tokens; the length of the position table, and the longest sequence accepted
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None  # None: num_attention_heads; fewer: grouped-query attention
+    head_size: int | None = None  # None: hidden_size / num_attention_heads
+    ffn_hidden_size: int | None = None  # None: 4 * hidden_size
+    norm: Norm = "layernorm"
+    norm_eps: float = 1e-5
+    activation: Activation = "gelu"
+    positions: Positions = "learned"
+    rotary_base: float = 10000.0
+    rotary_scaling: "RotaryScalingConfig | None" = None
+    bias: bool = True  # biases in linear layers
+    tied_embeddings: bool = True  # the output head shares the token embedding
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    init_std: float = 0.02
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads, with the default applied."""
+        return self.num_key_value_heads if self.num_key_value_heads is not None else self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, with the default applied."""
+        return self.head_size if self.head_size is not None else self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the MLP's hidden layer, with the default applied."""
+        return self.ffn_hidden_size if self.ffn_hidden_size is not None else 4 * self.hidden_size
+
+    @property
+    def known_vocab_size(self) -> int:
+        """`vocab_size` once preflight has filled it in."""
+        assert self.vocab_size is not None, "preflight fills model.vocab_size before anything is built"
+        return self.vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryScalingConfig:
+    """Llama 3.1's frequency scaling (Grattafiori et al. 2024; the constants of Meta's reference code)."""
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_max_sequence_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, how much at once, how often."""
+
+    steps: int = 100
+    stop_after: int | None = None  # stop and save at this step while the schedule still spans `steps`
+    global_batch_size: int = 32  # sequences a step, over all replicas
+    micro_batch_size: int = 32  # sequences a data-parallel replica takes at once
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps; 0: only at the end
+    max_skipped_steps: int = 20  # stop after so many skipped steps in a row (inf or nan in the gradients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the mesh axes; the data axis is what remains of the world size."""
+
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What DeepSpeed is asked to do."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Precision = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+    recompute: Recompute = "none"
+    compile: bool = False  # torch.compile of each block
+    offload: Offload = "none"
+    ds_overrides: dict[str, Any] = field(default_factory=dict)  # merged into ds_config.json last
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model is trained to predict."""
+
+    name: Literal["causal_lm"] = "causal_lm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer; weight decay acts on matrices only."""
+
+    name: Literal["adam", "adamw"] = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the steps, as a fraction of `optimizer.lr`."""
+
+    name: Literal["constant", "cosine", "inverse_sqrt", "linear"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # where cosine and linear end, relative to optimizer.lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """One token store in a blend."""
+
+    path: str
+    weight: float = 1.0
+    name: str | None = None  # None: the folder's name; names a source in eval/<name>/loss
+
+    @property
+    def source(self) -> str:
+        """The name under which this store's figures are reported."""
+        return self.name or self.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from. A plain path stands for a list of one store."""
+
+    train: tuple[StoreConfig, ...]
+    validation: tuple[StoreConfig, ...] = ()
+    sequence_length: int = 1024  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, how many to keep, where to continue from."""
+
+    save_every: int = 0  # steps; 0: only at the end
+    keep: int = 2
+    resume: str = "auto"  # auto: the newest checkpoint of run_dir; never; or a checkpoint's path
+    allow_changes: tuple[str, ...] = ()  # keys that may differ from the checkpoint's configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How `megalite train` starts ranks."""
+
+    name: Literal["local"] = "local"
+    nproc_per_node: int | None = None  # None: the number of GPUs, or 1 without one
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases. The API key is read by wandb itself from its environment, never from here."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "megalite"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where metrics go besides metrics.jsonl and the terminal."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything one training run is made of; frozen into run_dir/config.yaml."""
+
+    run_name: str
+    run_dir: str
+    seed: int = 1234
+    model: ModelConfig
+    trainer: TrainerConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    launch: LaunchConfig
+    logging: LoggingConfig
+
+
+TokenizerType = Literal["sp_bpe", "sp_unigram"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer to train (`megalite tokenizer train`)."""
+
+    type: TokenizerType = "sp_bpe"
+    vocab_size: int = 8192
+    character_coverage: float = 0.9995  # share of characters that get pieces; the rest is spelled in bytes
+    byte_fallback: bool = True
+    language_balance: float = 0.0  # 0: text as it comes .. 1: every language gets the same share of the sample
+    sample_bytes: int = 100_000_000  # at most so much text is looked at
+    num_threads: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig:
+    """How documents are read from files, for the tokenizer's training and for the store alike."""
+
+    format: Literal["auto", "jsonl", "parquet", "txt"] = "auto"  # auto: by the file's ending
+    document: Literal["blank_line", "file", "line"] = "file"  # what one document of a .txt file is
+    text_column: str = "text"
+    id_column: str | None = None  # None: file name and position
+    source_column: str | None = None  # None: every document belongs to the source `source`
+    language_column: str | None = None  # None: one language
+    split_column: str | None = None  # None: split by `validation_fraction`
+    source: str | None = None  # None: the first input's name without endings
+    on_bad: Literal["skip", "stop"] = "stop"  # invalid UTF-8, missing text, broken line
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig:
+    """`megalite tokenizer train`."""
+
+    input: tuple[str, ...]
+    output: str
+    split: str | None = None  # with reader.split_column: only documents of this split are seen
+    overwrite: bool = False
+    tokenizer: TokenizerConfig
+    reader: ReaderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreTokenizerConfig:
+    """The tokenizer that encodes a store."""
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBuildConfig:
+    """`megalite data build`."""
+
+    input: tuple[str, ...]
+    output: str
+    tokenizer: StoreTokenizerConfig
+    reader: ReaderConfig
+    validation_fraction: float = 0.01  # of the documents, chosen by a hash of the seed and their id
+    seed: int = 1234
+    workers: int | None = None  # None: the number of CPU cores
+    shard_tokens: int = 500_000_000  # tokens a shard holds at most (a document is never cut)
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`megalite eval`."""
+
+    run_dir: str
+    checkpoint: str | None = None  # None: the newest of run_dir
+    data: tuple[StoreConfig, ...] = ()  # none: the run's own data.validation
+    micro_batch_size: int = 32  # sequences at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """`megalite generate`."""
+
+    run_dir: str
+    checkpoint: str | None = None  # None: the newest of run_dir
+    prompt: str = ""  # empty: the model begins a document
+    max_new_tokens: int = 200
+    num_samples: int = 1
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int | None = None  # sample from the k likeliest tokens only
+    top_p: float | None = None  # sample from the likeliest tokens that hold this share of the probability
+    seed: int = 1234

@@ -1,0 +1,204 @@
+"""The glue to DeepSpeed: one `train_step(micro_batches)` over ZeRO 0-3, precision, accumulation and clipping.
+
+Only this room and `checkpoint/` know DeepSpeed.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.comm import all_reduce
+from megalite.config.schema import EngineConfig, TrainConfig
+from megalite.mesh import Mesh
+from megalite.models import Decoder, build_model, init_parameter, materialize, named_logical_parameters
+from megalite.objectives import Batch
+from megalite.optim import build_optimizer, clip_grad_norm
+from megalite.rng import micro_batch_key, seed_attention_stream
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. Tensors stay on the device: reading them is the caller's synchronisation."""
+
+    loss: torch.Tensor  # mean over all predicted tokens of the global batch, nats
+    grad_norm: torch.Tensor | float  # global 2-norm before clipping
+    applied: bool  # False: the gradients held inf or nan and the weights were left alone
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed's engine around both."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        """Build the model on the mesh, with initial weights from `config.seed`.
+
+        Raises `ConfigError` when the precision that `auto` stands for on this device does not go with the ZeRO stage.
+        """
+        self.config = config
+        self.mesh = mesh
+        self.precision = resolve_precision(config.engine, mesh.device)
+        self.ds_config = build_ds_config(config, mesh, self.precision)
+        deepspeed = _import_deepspeed(mesh)
+        model = build_model(config.model, mesh, recompute=config.engine.recompute)
+        if config.engine.zero_stage == 3:
+            _materialize_sharded(deepspeed, model, mesh, config.seed, self.ds_config, DTYPES[self.precision])
+        else:
+            materialize(model, mesh, config.seed, DTYPES[self.precision])
+        if config.engine.compile:
+            model.compile_blocks()
+        self.model: Decoder = model
+        self.ds, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(config.optimizer, model.parameters()),
+            config=self.ds_config,
+            mpu=mesh.mpu,
+            dist_init_required=False,
+        )
+        self._dropout = config.model.dropout > 0
+
+    @property
+    def zero_stage(self) -> int:
+        """How far optimizer states (1), gradients (2) and parameters (3) are sharded over the data axis."""
+        return self.config.engine.zero_stage
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Logical names and parameters, in an order that is the same on every rank."""
+        return list(named_logical_parameters(self.model))
+
+    def train_step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
+        """Forward, backward and update over this replica's micro batches of the global batch.
+
+        The loss is normalised by the number of predicted tokens of the whole global batch, counted before the first
+        backward; DeepSpeed averages gradients over the data axis, which is undone beforehand. `step` keys the dropout.
+        """
+        self.ds.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        micro_batches = [batch.to(self.mesh.device) for batch in micro_batches]
+        num_tokens = torch.stack([batch.mask_BS.sum() for batch in micro_batches]).sum()
+        num_tokens = all_reduce(num_tokens, self.mesh.data)
+        loss = torch.zeros((), device=self.mesh.device)
+        grad_norm: torch.Tensor | float | None = None
+        for i, batch in enumerate(micro_batches):
+            part = self._summed_loss(batch, self._dropout_key(step, i)) / num_tokens
+            self.ds.backward(part * self.mesh.data.size, scale_wrt_gas=False)
+            loss += part.detach()
+            if self.zero_stage == 0 and i == len(micro_batches) - 1:
+                grad_norm = clip_grad_norm(self.model.parameters(), self.config.engine.grad_clip, self.mesh.tensor)
+                if not torch.isfinite(grad_norm):
+                    return self._skip_unsharded(loss, grad_norm)
+            self.ds.step()
+        if grad_norm is None:
+            grad_norm = self.ds.get_global_grad_norm()
+        return StepResult(all_reduce(loss, self.mesh.data), grad_norm, self.ds.was_step_applied())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """Negative log-likelihoods [B, S] in nats; positions outside the mask are 0. Call on every rank."""
+        self.ds.eval()
+        batch = batch.to(self.mesh.device)
+        losses_BS = self.ds(batch.tokens_BS, labels_BS=batch.labels_BS)
+        return torch.where(batch.mask_BS, losses_BS, 0.0)
+
+    def _summed_loss(self, batch: Batch, dropout_key: torch.Tensor | None) -> torch.Tensor:
+        losses_BS = self.ds(batch.tokens_BS, labels_BS=batch.labels_BS, dropout_key=dropout_key)
+        return torch.where(batch.mask_BS, losses_BS, 0.0).sum()
+
+    def _dropout_key(self, step: int, micro_batch: int) -> torch.Tensor | None:
+        if not self._dropout:
+            return None
+        seed, mesh = self.config.seed, self.mesh
+        seed_attention_stream(seed, step, micro_batch, mesh.data.rank, mesh.tensor.rank)
+        return micro_batch_key(seed, step, micro_batch, mesh.data.rank, mesh.device)
+
+    def _skip_unsharded(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> StepResult:
+        """Without ZeRO, DeepSpeed does not look for inf and nan: drop the gradients here."""
+        self.ds.zero_grad()
+        self.ds.micro_steps += 1  # what step() would have counted, so that the next boundary falls right
+        return StepResult(all_reduce(loss, self.mesh.data), grad_norm, False)
+
+
+def resolve_precision(engine: EngineConfig, device: torch.device) -> str:
+    """`auto` as fp32 on a CPU and bf16 on anything else."""
+    if engine.precision != "auto":
+        return engine.precision
+    return "fp32" if device.type == "cpu" else "bf16"
+
+
+def build_ds_config(config: TrainConfig, mesh: Mesh, precision: str) -> dict[str, Any]:
+    """The DeepSpeed configuration, derived whole from ours; it is saved as run_dir/ds_config.json."""
+    engine, trainer = config.engine, config.trainer
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage == 3:
+        # It would replace torch.nn.functional.linear for the whole process.
+        zero["memory_efficient_linear"] = False
+    offload = {"device": "cpu", "pin_memory": mesh.device.type != "cpu"}
+    if engine.offload != "none":
+        zero["offload_optimizer"] = offload
+    if engine.offload == "parameters":
+        zero["offload_param"] = offload
+    ds_config: dict[str, Any] = {
+        "train_batch_size": trainer.global_batch_size,
+        "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
+        "zero_optimization": zero,
+        # Without ZeRO the norm and the clipping are ours: DeepSpeed reports none.
+        "gradient_clipping": engine.grad_clip if engine.zero_stage > 0 else 0.0,
+        # torch's AdamW serves on the CPU too; DeepSpeed's own would be compiled on first use.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+    }
+    if precision != "fp32":
+        # The default accumulates micro batches in half precision.
+        ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(ds_config, engine.ds_overrides)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _import_deepspeed(mesh: Mesh) -> Any:
+    """DeepSpeed, ready for this rank."""
+    # zero.Init and the accelerator read these, whoever started the process.
+    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Its build, when killed once, leaves a lock that makes every later start wait for ever.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+    return deepspeed
+
+
+def _materialize_sharded(
+    deepspeed: Any, model: Decoder, mesh: Mesh, seed: int, ds_config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Give every parameter its initial values and shard it over the data axis at once, one after the other.
+
+    Host memory stays below this rank's shard and the largest tensor.
+    """
+    for name, parameter in list(named_logical_parameters(model)):
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        holder = torch.nn.Module()
+        holder.weight = torch.nn.Parameter(init_parameter(name, parameter, seed, mesh).to(dtype))
+        holder.weight.__dict__.update(parameter.__dict__)
+        deepspeed.zero.Init(
+            module=holder,
+            data_parallel_group=mesh.data.group,
+            config_dict_or_path=ds_config,
+            dtype=dtype,
+            mpu=mesh.mpu,
+        )
+        setattr(module, attribute, holder.weight)

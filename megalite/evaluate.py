@@ -1,0 +1,46 @@
+"""Evaluate a checkpoint: loss, perplexity and bits per byte of whole documents, by source."""
+
+from collections.abc import Sequence
+
+import torch
+
+from megalite.config.schema import EvaluateConfig, StoreConfig
+from megalite.data.format import TokenStore
+from megalite.errors import ConfigError
+from megalite.metrics.evaluation import evaluate_store
+from megalite.objectives import Batch, build_objective
+from megalite.runs import LoadedRun, load_run
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, float]:
+    """The figures `eval/<source>/loss`, `/perplexity`, `/bits_per_byte` of every store in `config.data`.
+
+    Raises `ConfigError` when neither the command nor the run names a store, or when a store's vocabulary is larger than
+    the model's.
+    """
+    run = load_run(config.run_dir, config.checkpoint)
+    stores = [(store.source, TokenStore.open(store.path)) for store in _stores(config, run)]
+    for _, store in stores:
+        if store.manifest.vocab_size > run.config.model.known_vocab_size:
+            raise ConfigError(
+                f"data: {store.path} holds ids of a vocabulary of {store.manifest.vocab_size}, the model knows "
+                f"{run.config.model.vocab_size}; build the store with the run's tokenizer, {config.run_dir}/tokenizer"
+            )
+    objective = build_objective(run.config.objective, run.config.data.sequence_length)
+
+    @torch.no_grad()
+    def losses(batch: Batch) -> torch.Tensor:
+        batch = batch.to(run.mesh.device)
+        return torch.where(batch.mask_BS, run.model(batch.tokens_BS, labels_BS=batch.labels_BS), 0.0)
+
+    figures: dict[str, float] = {}
+    for source, store in stores:
+        figures |= evaluate_store(losses, objective, store, source, run.mesh, config.micro_batch_size)
+    return figures
+
+
+def _stores(config: EvaluateConfig, run: LoadedRun) -> Sequence[StoreConfig]:
+    stores = config.data or run.config.data.validation
+    if not stores:
+        raise ConfigError(f"data: the run {config.run_dir} has no validation stores; name one with data=PATH")
+    return stores

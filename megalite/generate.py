@@ -1,0 +1,67 @@
+"""Sample text from a checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megalite.config.schema import GenerateConfig
+from megalite.errors import ConfigError
+from megalite.models import Decoder
+from megalite.runs import load_run
+from megalite.tokenizer import load_tokenizer
+
+
+def generate(config: GenerateConfig) -> Iterator[str]:
+    """Yield `config.num_samples` texts, each the prompt and its continuation up to the end of the document.
+
+    An empty prompt begins a document, as after an end-of-document token. Raises `ConfigError` when prompt and
+    continuation do not fit the model's positions.
+    """
+    run = load_run(config.run_dir, config.checkpoint)
+    tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer")
+    end = tokenizer.end_of_document
+    prompt = [end, *tokenizer.encode(config.prompt)]
+    longest = run.config.model.max_sequence_length
+    if len(prompt) >= longest:
+        raise ConfigError(f"prompt: found {len(prompt)} tokens, must be below model.max_sequence_length={longest}")
+    for number in range(config.num_samples):
+        generator = torch.Generator(run.mesh.device).manual_seed(config.seed + number)
+        tokens = prompt + list(sample_tokens(run.model, prompt, end, longest, config, generator))
+        yield tokenizer.decode(tokens[1:])
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: Decoder, prompt: list[int], end: int, longest: int, config: GenerateConfig, generator: torch.Generator
+) -> Iterator[int]:
+    """Yield tokens after `prompt` until `end`, `config.max_new_tokens`, or `longest` tokens in all."""
+    device = next(model.parameters()).device
+    cache = model.new_cache(1, min(longest, len(prompt) + config.max_new_tokens))
+    tokens_BS = torch.tensor([prompt], device=device)
+    for _ in range(min(config.max_new_tokens, longest - len(prompt))):
+        logits_V = model(tokens_BS, cache=cache)[0, -1]
+        token = pick_token(logits_V, config, generator)
+        if token == end:
+            return
+        yield token
+        tokens_BS = torch.tensor([[token]], device=device)
+
+
+def pick_token(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.Generator) -> int:
+    """One token id from logits: the likeliest at temperature 0, else sampled.
+
+    `top_k` (Fan et al. 2018) keeps the k likeliest tokens; `top_p` (nucleus sampling, Holtzman et al. 2020) the
+    smallest set of likeliest tokens whose probability reaches p, at least one.
+    """
+    if config.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V.float() / config.temperature
+    if config.top_k is not None and config.top_k < len(logits_V):
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(config.top_k).values[-1], float("-inf"))
+    probabilities_V = logits_V.softmax(-1)
+    if config.top_p is not None:
+        sorted_V, order_V = probabilities_V.sort(descending=True)
+        before_V = sorted_V.cumsum(-1) - sorted_V
+        probabilities_V[order_V[before_V >= config.top_p]] = 0.0
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))

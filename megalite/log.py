@@ -1,0 +1,32 @@
+"""One logger for the package. The launcher tells it the rank; libraries below only call `get_logger`."""
+
+import logging
+import sys
+from pathlib import Path
+
+_ROOT = "megalite"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module, `megalite.<...>`; pass `__name__`."""
+    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def setup_logging(rank: int = 0, log_file: Path | None = None) -> None:
+    """Send messages to `log_file` (every rank its own) and, from rank 0, to standard error too.
+
+    Other ranks print only errors to the terminal, so that sixty-four ranks do not say the same thing sixty-four times.
+    """
+    root = logging.getLogger(_ROOT)
+    root.handlers.clear()
+    root.propagate = False
+    root.setLevel(logging.INFO)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    terminal.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    root.addHandler(terminal)
+    if log_file is not None:
+        file = logging.FileHandler(log_file, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(file)

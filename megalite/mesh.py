@@ -1,0 +1,175 @@
+"""The device mesh: which rank stands where on which axis, and the process group of each axis.
+
+Ranks are numbered with the last axis innermost, so a tensor-parallel group is a run of consecutive ranks: on one host,
+over its fastest links. The order of axes, outermost first: data, tensor. Further axes (pipeline, expert, context) join
+the list in `build_mesh`; nothing else here knows how many there are.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.schema import ParallelConfig
+from megalite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this rank sees it.
+
+    `rank` counts along the axis, 0 <= rank < size. `group` holds the ranks that differ from this one on this axis
+    alone; it is None only where torch.distributed is not initialised.
+    """
+
+    name: str
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def group_name(self) -> str:
+        """The name under which functional collectives look the group up."""
+        assert self.group is not None, f"axis {self.name}: no process group; torch.distributed was not initialised"
+        return self.group.group_name
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes, outermost first, and this process's place: global rank, world size, device."""
+
+    axes: tuple[Axis, ...]
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def axis(self, name: str) -> Axis:
+        """The axis called `name`; KeyError if the mesh has none."""
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        raise KeyError(f"no axis {name!r}; this mesh has {', '.join(axis.name for axis in self.axes)}")
+
+    @property
+    def tensor(self) -> Axis:
+        """Ranks that hold different shards of the same layers and see the same data."""
+        return self.axis("tensor")
+
+    @property
+    def data(self) -> Axis:
+        """Ranks that hold the same shards and see different data."""
+        return self.axis("data")
+
+    @property
+    def mpu(self) -> "Mpu":
+        """The mesh under the method names that `deepspeed.initialize(mpu=...)` calls."""
+        return Mpu(self)
+
+
+class Mpu:
+    """A model-parallel unit for DeepSpeed 0.19: exactly the getters that it calls.
+
+    It has no sequence-parallel getters: an mpu that can initialise sequence parallelism makes ZeRO drop its own groups.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank among the ranks that hold one replica; the tensor axis, until there is a pipeline axis."""
+        return self._mesh.tensor.rank
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Group of the ranks that hold one replica."""
+        return self._mesh.tensor.group
+
+    def get_model_parallel_world_size(self) -> int:
+        """Number of ranks that hold one replica."""
+        return self._mesh.tensor.size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """Rank on the tensor axis."""
+        return self._mesh.tensor.rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        """Group of the tensor axis."""
+        return self._mesh.tensor.group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Size of the tensor axis."""
+        return self._mesh.tensor.size
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank on the axis that ZeRO shards over."""
+        return self._mesh.data.rank
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """Group that ZeRO shards and averages over."""
+        return self._mesh.data.group
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of the axis that ZeRO shards over."""
+        return self._mesh.data.size
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of the data-parallel group."""
+        group = self._mesh.data.group
+        return [self._mesh.rank] if group is None else dist.get_process_group_ranks(group)
+
+
+def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
+    """The mesh of this process; makes one process group an axis, of size-1 axes too.
+
+    Collective: every rank calls it, in the same order as its other calls that make groups. Without torch.distributed it
+    is a world of one, without groups. Raises `ConfigError` if the world does not divide into the axes.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    inner = {"tensor": parallel.tensor}
+    replica = math.prod(inner.values())
+    if replica < 1 or world_size % replica != 0:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor}: {world_size} ranks cannot be divided into tensor-parallel groups of "
+            f"{parallel.tensor}. Set parallel.tensor to a divisor of the number of ranks ({_divisors(world_size)}), or "
+            "change launch.nproc_per_node."
+        )
+    sizes = {"data": world_size // replica} | inner
+    axes = []
+    for name, size in sizes.items():
+        lines = axis_lines(tuple(sizes.values()), list(sizes).index(name))
+        line = next(line for line in lines if rank in line)
+        axes.append(Axis(name=name, size=size, rank=line.index(rank), group=_new_group(lines, rank)))
+    return Mesh(axes=tuple(axes), rank=rank, world_size=world_size, device=device)
+
+
+def single_mesh(device: torch.device) -> Mesh:
+    """A world of one, without process groups, whatever torch.distributed says: to count or convert a whole model."""
+    axes = tuple(Axis(name=name, size=1, rank=0, group=None) for name in ("data", "tensor"))
+    return Mesh(axes=axes, rank=0, world_size=1, device=device)
+
+
+def axis_lines(sizes: tuple[int, ...], axis: int) -> list[list[int]]:
+    """The groups of one axis as lists of global ranks, for a mesh of `sizes`, outermost first.
+
+    >>> axis_lines((2, 3), 1)
+    [[0, 1, 2], [3, 4, 5]]
+    >>> axis_lines((2, 3), 0)
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    others = [range(size) if i != axis else (0,) for i, size in enumerate(sizes)]
+    starts = (sum(c * s for c, s in zip(place, strides, strict=True)) for place in itertools.product(*others))
+    return [[start + step * strides[axis] for step in range(sizes[axis])] for start in starts]
+
+
+def _new_group(lines: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    if not dist.is_initialized():
+        return None
+    # torch.distributed wants every rank to make every group, in the same order, also those it does not belong to.
+    groups = [dist.new_group(line) for line in lines]
+    return next(group for line, group in zip(lines, groups, strict=True) if rank in line)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)

@@ -1,0 +1,31 @@
+"""Architectures, by name, and what surrounds a model: its parameters' names and initial values, counts."""
+
+from megalite.config.schema import ModelConfig, Recompute
+from megalite.mesh import Mesh
+from megalite.models.counts import count_parameters, flops_per_token
+from megalite.models.decoder import Decoder
+from megalite.models.materialize import (
+    init_parameter,
+    iter_parameter_slots,
+    materialize,
+    named_logical_parameters,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Decoder",
+    "build_model",
+    "count_parameters",
+    "flops_per_token",
+    "init_parameter",
+    "iter_parameter_slots",
+    "materialize",
+    "named_logical_parameters",
+]
+
+ARCHITECTURES = {"decoder": Decoder}
+
+
+def build_model(config: ModelConfig, mesh: Mesh, recompute: Recompute = "none") -> Decoder:
+    """This rank's share of the model, on the meta device: shapes without storage (see `materialize`)."""
+    return ARCHITECTURES[config.architecture](config, mesh.tensor, recompute)

@@ -1,0 +1,221 @@
+"""A decoder-only Transformer: GPT-2 or Llama, by configuration. An embedding, a list of blocks, a head.
+
+Legend: B batch, S sequence, D hidden size, V vocabulary, L layers; `key_K`: dropout key of two words (see `rng`).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megalite import comm, rng
+from megalite.config.schema import ModelConfig, Recompute
+from megalite.errors import ConfigError
+from megalite.layers.attention import Attention
+from megalite.layers.cache import KVCache
+from megalite.layers.mlp import MLP
+from megalite.layers.norm import NORMS
+from megalite.layers.positions import LearnedPositions, rotary_tables, sinusoids
+from megalite.layers.shard import Init
+from megalite.layers.vocab import (
+    VocabParallelEmbedding,
+    VocabParallelLinear,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_logits,
+)
+from megalite.mesh import Axis
+from megalite.models.recompute import run_block
+
+# Streams of dropout inside a block.
+_ATTENTION_BRANCH, _MLP_BRANCH = 0, 1
+
+
+class Embedding(nn.Module):
+    """Token embedding, plus positions where they are added (learned, sinusoidal), then dropout: (B, S) -> (B, S, D)."""
+
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
+        super().__init__()
+        init = Init(std=config.init_std)
+        self.kind, self.dropout = config.positions, config.dropout
+        self.tokens = VocabParallelEmbedding(config.known_vocab_size, config.hidden_size, axis, init)
+        learned = config.positions == "learned"
+        self.positions = (
+            LearnedPositions(config.max_sequence_length, config.hidden_size, axis, init) if learned else None
+        )
+
+    def forward(self, tokens_BS: Tensor, positions_S: Tensor, key_K: Tensor | None) -> Tensor:
+        """See the class."""
+        x_BSD = self.tokens(tokens_BS)
+        if self.positions is not None:
+            x_BSD = x_BSD + self.positions(positions_S)
+        elif self.kind == "sinusoidal":
+            x_BSD = x_BSD + sinusoids(positions_S, x_BSD.shape[-1], x_BSD.dtype)
+        return x_BSD if key_K is None else rng.dropout(x_BSD, self.dropout, key_K)
+
+
+class Block(nn.Module):
+    """x = x + dropout(attention(norm(x))); x = x + dropout(mlp(norm(x))): pre-norm, (B, S, D) -> (B, S, D).
+
+    `layer` is the block's index in the whole model; logical names carry it.
+    """
+
+    def __init__(self, config: ModelConfig, axis: Axis, layer: int, recompute: Recompute) -> None:
+        super().__init__()
+        self.layer, self.recompute, self.dropout = layer, recompute, config.dropout
+        init = Init(std=config.init_std)
+        # GPT-2: what is added to the residual stream 2L times is scaled so that the sum keeps its size.
+        output_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers))
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.hidden_size, config.norm_eps, axis)
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.bias,
+            config.dropout,
+            axis,
+            init,
+            output_init,
+        )
+        self.mlp_norm = norm(config.hidden_size, config.norm_eps, axis)
+        self.mlp = MLP(config.hidden_size, config.ffn_size, config.activation, config.bias, axis, init, output_init)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        key_K: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """See the class. Where a backward pass will follow, recomputes as told."""
+        if self.training and cache is None:
+            return run_block(self._layers, self.recompute, self.dropout > 0.0, x_BSD, rotary, key_K)
+        return self._layers(x_BSD, rotary, key_K, cache)
+
+    def _layers(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        key_K: Tensor | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        # `self.layer` is read only with a cache: a number that differs by block would make torch.compile start anew.
+        layer = 0 if cache is None else self.layer
+        branch_BSD = self.attention(self.attention_norm(x_BSD), rotary, cache, layer)
+        x_BSD = x_BSD + self._drop(branch_BSD, key_K, _ATTENTION_BRANCH)
+        branch_BSD = self.mlp(self.mlp_norm(x_BSD))
+        return x_BSD + self._drop(branch_BSD, key_K, _MLP_BRANCH)
+
+    def _drop(self, x_BSD: Tensor, key_K: Tensor | None, stream: int) -> Tensor:
+        return x_BSD if key_K is None else rng.dropout(x_BSD, self.dropout, rng.derive(key_K, stream))
+
+    def extra_repr(self) -> str:
+        """Place in the whole model."""
+        return f"layer {self.layer}, recompute={self.recompute}"
+
+
+class Head(nn.Module):
+    """Final norm, then logits over this rank's part of the vocabulary: (B, S, D) -> (B, S, padded V / size)."""
+
+    def __init__(self, config: ModelConfig, axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, axis)
+        init = Init(std=config.init_std)
+        tied = config.tied_embeddings
+        self.output = None if tied else VocabParallelLinear(config.known_vocab_size, config.hidden_size, axis, init)
+
+    def forward(self, x_BSD: Tensor, tied_weight: Tensor | None) -> Tensor:
+        """See the class. `tied_weight`: the embedding's, where the head has none of its own."""
+        x_BSD = self.norm(x_BSD)
+        if self.output is not None:
+            return self.output(x_BSD)
+        assert tied_weight is not None
+        return vocab_parallel_logits(x_BSD, tied_weight, self.axis)
+
+
+class Decoder(nn.Module):
+    """The whole model, or what one tensor rank holds of it. Built on the meta device; see `materialize`."""
+
+    def __init__(self, config: ModelConfig, axis: Axis, recompute: Recompute = "none") -> None:
+        super().__init__()
+        self.config, self.axis = config, axis
+        self.embedding = Embedding(config, axis)
+        self.layers = list(range(config.num_layers))  # of the whole model, those held here
+        self.blocks = nn.ModuleList(Block(config, axis, layer, recompute) for layer in self.layers)
+        self.head = Head(config, axis)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        dropout_key: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Losses where there are labels, else logits.
+
+        With `labels_BS` (the token that follows each; negative: ignored): losses_BS, each label's negative
+        log-likelihood in nats, fp32. Without: logits_BSV over the unpadded vocabulary, in the parameters' dtype, equal
+        on all tensor ranks.
+
+        `dropout_key` comes from `rng.micro_batch_key` and is needed in training mode if `model.dropout` is not 0, with
+        `rng.seed_attention_stream` called before; in evaluation mode nothing is dropped. With a `cache` the tokens
+        continue those it holds, and it is advanced.
+        """
+        start = 0 if cache is None else cache.length
+        self._check_length(start + tokens_BS.shape[1])
+        positions_S = torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device)
+        keys = self._dropout_keys(dropout_key)
+        x_BSD = self.embedding(tokens_BS, positions_S, keys[-1])
+        rotary = self._rotary(positions_S, x_BSD.dtype)
+        for block, key_K in zip(self.blocks, keys[:-1], strict=True):
+            x_BSD = block(x_BSD, rotary, key_K, cache)
+        if cache is not None:
+            cache.advance(tokens_BS.shape[1])
+        # Read through the embedding in every forward: ZeRO 3 gathers a parameter where it sees it being read.
+        tied_weight = self.embedding.tokens.weight if self.config.tied_embeddings else None
+        logits_local = self.head(x_BSD, tied_weight)
+        vocab_size = self.config.known_vocab_size
+        if labels_BS is None:
+            return comm.gather(logits_local, self.axis, dim=-1)[..., :vocab_size]
+        return vocab_parallel_cross_entropy(logits_local, labels_BS, vocab_size, self.axis)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty cache for `batch` sequences of at most `max_length` tokens."""
+        heads_local = self.config.num_kv_heads // self.axis.size
+        like = self.embedding.tokens.weight
+        return KVCache(self.config.num_layers, batch, max_length, heads_local, self.config.head_dim, like)
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block, in place, as one graph without breaks; the blocks share it.
+
+        Static shapes: each new (batch, sequence) compiles once more, and torch stops at its `recompile_limit` (8).
+        """
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+    def _dropout_keys(self, dropout_key: Tensor | None) -> list[Tensor | None]:
+        """One key a block and, last, the embedding's; all None where nothing is dropped."""
+        count = len(self.blocks) + 1
+        if not self.training or self.config.dropout == 0.0:
+            return [None] * count
+        if dropout_key is None:
+            raise ValueError("model.dropout is not 0 and the model is in training mode: forward needs a dropout_key")
+        # One stream a layer of the whole model, like logical names; the last is the embedding's.
+        streams_N = torch.arange(self.config.num_layers + 1, dtype=torch.int32, device=dropout_key.device)
+        keys = rng.derive(dropout_key, streams_N).unbind(0)
+        return [*(keys[layer] for layer in self.layers), keys[-1]]
+
+    def _rotary(self, positions_S: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions != "rotary":
+            return None
+        config = self.config
+        return rotary_tables(positions_S, config.head_dim, config.rotary_base, config.rotary_scaling, dtype)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_sequence_length:
+            raise ConfigError(
+                f"a sequence of {length} tokens is longer than model.max_sequence_length="
+                f"{self.config.max_sequence_length}. Use shorter sequences or a model with more positions."
+            )

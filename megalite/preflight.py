@@ -1,0 +1,91 @@
+"""Checks that need the disk but no torch: the configuration against its stores and against the run's checkpoint."""
+
+import dataclasses
+from pathlib import Path
+
+from megalite.checkpoint_format import list_checkpoints, read_manifest
+from megalite.config.changes import check_changes
+from megalite.config.compose import config_values
+from megalite.config.schema import StoreConfig, TrainConfig
+from megalite.data.format import TokenStore
+from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.log import get_logger
+
+log = get_logger(__name__)
+
+
+def preflight(config: TrainConfig) -> TrainConfig:
+    """Open every store, compare vocabularies and tokenizers, and look at the checkpoint to resume from.
+
+    Returns the configuration with `model.vocab_size` filled in from the stores where it was null. Raises `ConfigError`,
+    `DataError` or `CheckpointError`, naming the key or the file.
+    """
+    stores = [_open("data.train", store) for store in config.data.train]
+    for store in stores:
+        _check_length(store, config.data.sequence_length)
+    stores += [_open("data.validation", store) for store in config.data.validation]
+    _check_tokenizers(stores)
+    config = _with_vocab_size(config, stores)
+    _check_checkpoint(config)
+    return config
+
+
+def _open(key: str, store: StoreConfig) -> TokenStore:
+    try:
+        return TokenStore.open(store.path)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
+
+
+def _check_length(store: TokenStore, sequence_length: int) -> None:
+    if store.num_tokens < sequence_length + 1:
+        raise ConfigError(
+            f"data.sequence_length: found {sequence_length}, but {store.path} holds only {store.num_tokens} tokens; "
+            f"allowed: at most {store.num_tokens - 1}, or a larger store"
+        )
+
+
+def _check_tokenizers(stores: list[TokenStore]) -> None:
+    """Ids mean the same text in every store."""
+    first = stores[0]
+    for store in stores[1:]:
+        ours, theirs = first.manifest.tokenizer, store.manifest.tokenizer
+        if ours and theirs and ours.digest != theirs.digest:
+            raise ConfigError(
+                f"data.train and data.validation: {first.path} and {store.path} were built with different tokenizers "
+                f"({ours.digest[:8]} and {theirs.digest[:8]}); build them with the same one"
+            )
+
+
+def _with_vocab_size(config: TrainConfig, stores: list[TokenStore]) -> TrainConfig:
+    needed = max(store.manifest.vocab_size for store in stores)
+    if config.model.vocab_size is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=needed))
+    if config.model.vocab_size < needed:
+        raise ConfigError(
+            f"model.vocab_size: found {config.model.vocab_size}, but the stores hold ids of a vocabulary of {needed}; "
+            f"allowed: {needed} or more, or null for the stores' own"
+        )
+    return config
+
+
+def _check_checkpoint(config: TrainConfig) -> None:
+    """Stop now, not after minutes of start-up, when the run could not continue with this configuration."""
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return
+    if resume == "auto":
+        found = list_checkpoints(Path(config.run_dir) / "checkpoints")
+        if not found:
+            return
+        folder = found[-1]
+    else:
+        folder = Path(resume)
+    try:
+        saved = read_manifest(folder).config
+    except CheckpointError:
+        if resume == "auto":
+            return  # the ranks fall back to an older one, or say what is wrong
+        raise
+    for note in check_changes(saved, config_values(config), config.checkpoint.allow_changes):
+        log.info("continuing from %s with %s", folder.name, note)

@@ -1,0 +1,40 @@
+"""A finished or stopped run, opened for evaluation and generation: its configuration, tokenizer, checkpoint, model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint import choose_checkpoint, load_model
+from megalite.config.compose import read_config
+from megalite.config.schema import ParallelConfig, TrainConfig
+from megalite.errors import CheckpointError
+from megalite.mesh import Mesh, build_mesh
+from megalite.models import Decoder, build_model, materialize
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A model with the weights of one checkpoint, on one device, whatever layout trained it."""
+
+    config: TrainConfig
+    mesh: Mesh
+    model: Decoder
+    step: int
+
+
+def load_run(run_dir: str, checkpoint: str | None) -> LoadedRun:
+    """Open a run directory. `checkpoint` is a path, or None for the newest.
+
+    Raises `ConfigError` or `CheckpointError` when there is no run or no checkpoint.
+    """
+    config = read_config(Path(run_dir) / "config.yaml")
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    mesh = build_mesh(ParallelConfig(), device)
+    folder = choose_checkpoint(checkpoint or "auto", Path(run_dir), mesh)
+    if folder is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
+    model = build_model(config.model, mesh)
+    materialize(model, mesh, config.seed)
+    manifest = load_model(model, folder, mesh)
+    return LoadedRun(config, mesh, model.eval(), manifest.step)

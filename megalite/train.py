@@ -1,0 +1,106 @@
+"""One rank of a training run: `torchrun -m megalite.train key=value ...`, or called by `megalite train`."""
+
+import dataclasses
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.compose import compose_train, config_digest, config_values, save_config
+from megalite.config.place import Place, drop_local_rank, place_from_environment
+from megalite.config.schema import TrainConfig
+from megalite.config.validate import validate_train
+from megalite.engine import resolve_precision
+from megalite.errors import ConfigError, MegaliteError
+from megalite.log import get_logger, setup_logging
+from megalite.mesh import build_mesh
+from megalite.preflight import preflight
+from megalite.trainer import Trainer
+
+log = get_logger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The rank's life under a launcher that is not ours; returns the exit code."""
+    place = Place()
+    try:
+        place = place_from_environment()
+        setup_logging(place.rank)
+        config = compose_train(drop_local_rank(sys.argv[1:] if arguments is None else arguments))
+        validate_train(config, place.world_size)
+        train(preflight(config), place)
+    except MegaliteError as error:
+        if place.rank == 0:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def train(config: TrainConfig, place: Place) -> None:
+    """Train `config`, validated and complete, as the rank at `place`."""
+    device = _pick_device(place)
+    if device.type == "cpu" and place.local_world_size > 1:
+        # Ranks that fight for cores are slower than ranks that share them.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+    validate_train(_with_precision(config, device), place.world_size)
+    _start_process_group(place, device)
+    try:
+        run_dir = Path(config.run_dir)
+        if place.rank == 0:
+            save_config(config, run_dir / "config.yaml")
+            (run_dir / "logs").mkdir(exist_ok=True)
+        _check_agreement(config)
+        setup_logging(place.rank, run_dir / "logs" / f"rank_{place.rank}.log")
+        mesh = build_mesh(config.parallel, device)
+        Trainer(config, mesh).run()
+    finally:
+        dist.destroy_process_group()
+
+
+def _pick_device(place: Place) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} are visible; start fewer processes "
+            "(launch.nproc_per_node, or your launcher's option) or check CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The configuration with `engine.precision=auto` resolved, for the rules that depend on it."""
+    precision = resolve_precision(config.engine, device)
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+
+
+def _start_process_group(place: Place, device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if place.init_method is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    dist.init_process_group(
+        backend,
+        init_method=place.init_method,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(minutes=30),
+        device_id=device if backend == "nccl" else None,
+    )
+
+
+def _check_agreement(config: TrainConfig) -> None:
+    """Every rank composed its own configuration: they must be equal. Also the barrier behind which run_dir exists."""
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, config_digest(config_values(config)))
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ConfigError(f"ranks {different} were started with another configuration than rank 0")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The training loop, and nothing else."""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.checkpoint import choose_checkpoint, load_checkpoint, save_checkpoint
+from megalite.config.compose import config_values
+from megalite.config.schema import TrainConfig
+from megalite.data.format import TokenStore
+from megalite.data.loader import BlendedDataset, Loader
+from megalite.engine import Engine, StepResult
+from megalite.errors import MegaliteError
+from megalite.log import get_logger
+from megalite.mesh import Mesh
+from megalite.metrics.accumulator import LossMeter
+from megalite.metrics.evaluation import evaluate_store
+from megalite.metrics.hardware import memory_bytes, mfu
+from megalite.metrics.progress import Progress
+from megalite.metrics.sinks import build_sinks
+from megalite.models import flops_per_token
+from megalite.objectives import build_objective
+from megalite.optim import learning_rate
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Counters:
+    """How far the run is; what a checkpoint brings back besides tensors."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh):
+        """Build everything the loop needs, and load the checkpoint to continue from."""
+        self.config = config
+        self.mesh = mesh
+        self.run_dir = Path(config.run_dir)
+        self.engine = Engine(config, mesh)
+        self.objective = build_objective(config.objective, config.data.sequence_length)
+        self.loader = self._build_loader()
+        self.validation = [(store.source, TokenStore.open(store.path)) for store in config.data.validation]
+        self.counters = self._resume()
+        self.last_step = min(config.trainer.steps, config.trainer.stop_after or config.trainer.steps)
+        self.meter = LossMeter(mesh.device)
+        self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._write_descriptions()
+
+    def run(self) -> None:
+        """Train until `trainer.stop_after` or the end, log, evaluate and save on the way."""
+        is_main = self.mesh.rank == 0
+        config = config_values(self.config)
+        sinks = (
+            build_sinks(self.config.logging, self.run_dir, self.config.run_name, self.counters.step, config)
+            if is_main
+            else []
+        )
+        progress = Progress(self.config.trainer.steps, self.counters.step) if is_main else None
+        self._logged_at, self._logged_step = time.perf_counter(), self.counters.step
+        try:
+            while self.counters.step < self.last_step:
+                result = self._step()
+                row = self._training_row(result) if self._is_due(self.config.trainer.log_every) else {}
+                if self._is_due(self.config.trainer.eval_every):
+                    row |= self._evaluate()
+                if row:
+                    for sink in sinks:
+                        sink.log(self.counters.step, row)
+                    if progress:
+                        progress.log(self.counters.step, row)
+                # After the row: a run killed in between repeats the step and its row, and loses neither.
+                if self._is_due(self.config.checkpoint.save_every):
+                    self._save()
+        finally:
+            if progress:
+                progress.close()
+            for sink in sinks:
+                sink.close()
+
+    def _step(self) -> StepResult:
+        """One optimizer step over the global batch."""
+        step, trainer = self.counters.step, self.config.trainer
+        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, step, trainer.steps)
+        batches = [self.objective.batch(samples) for samples in self.loader.micro_batches(step)]
+        result = self.engine.train_step(batches, step, rate)
+        self.meter.add(result.loss)
+        self._count(result)
+        self._learning_rate = rate
+        return result
+
+    def _count(self, result: StepResult) -> None:
+        counters, trainer = self.counters, self.config.trainer
+        counters.step += 1
+        counters.tokens_seen += trainer.global_batch_size * self.config.data.sequence_length
+        if result.applied:
+            counters.skipped_in_a_row = 0
+            return
+        counters.skipped_steps += 1
+        counters.skipped_in_a_row += 1
+        log.warning("step %d was skipped: inf or nan in the gradients", counters.step)
+        # fp16 starts with a scale that is too high and skips until it fits; that is no failure.
+        if counters.skipped_in_a_row >= trainer.max_skipped_steps:
+            raise MegaliteError(
+                f"{counters.skipped_in_a_row} steps in a row were skipped for inf or nan in the gradients (the last is "
+                f"step {counters.step}); lower optimizer.lr, check the data, or raise trainer.max_skipped_steps"
+            )
+
+    def _is_due(self, every: int) -> bool:
+        """True on multiples of `every` (0: never before the end) and on the last step."""
+        step = self.counters.step
+        return step == self.last_step or (every > 0 and step % every == 0)
+
+    def _training_row(self, result: StepResult) -> dict[str, float | int | None]:
+        """The figures of the steps since the last row; reading them is the loop's only wait for the device."""
+        loss = self.meter.take()
+        now = time.perf_counter()
+        seconds = (now - self._logged_at) / (self.counters.step - self._logged_step)
+        self._logged_at, self._logged_step = now, self.counters.step
+        tokens_a_step = self.config.trainer.global_batch_size * self.config.data.sequence_length
+        return {
+            "loss": loss,
+            "learning_rate": self._learning_rate,
+            "grad_norm": float(result.grad_norm),
+            "tokens_seen": self.counters.tokens_seen,
+            "tokens_per_second": tokens_a_step / seconds,
+            "step_seconds": seconds,
+            "mfu": mfu(tokens_a_step / seconds, self.flops_per_token, self.mesh.device, self.mesh.world_size),
+            "memory_bytes": memory_bytes(self.mesh.device),
+            "skipped_steps": self.counters.skipped_steps,
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        """Every validation source; the time it takes does not count as step time."""
+        started = time.perf_counter()
+        row: dict[str, float] = {}
+        for source, store in self.validation:
+            rows = self.config.trainer.micro_batch_size
+            row |= evaluate_store(self.engine.evaluate, self.objective, store, source, self.mesh, rows)
+        self._logged_at += time.perf_counter() - started
+        return row
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        counters = self.counters
+        folder = save_checkpoint(self.engine, self.run_dir, counters.step, counters.tokens_seen, counters.skipped_steps)
+        log.info("saved %s", folder)
+        self._logged_at += time.perf_counter() - started
+
+    def _resume(self) -> Counters:
+        folder = choose_checkpoint(self.config.checkpoint.resume, self.run_dir, self.mesh)
+        if folder is None:
+            return Counters()
+        manifest = load_checkpoint(self.engine, folder)
+        log.info("continuing from %s", folder)
+        return Counters(manifest.step, manifest.tokens_seen, manifest.skipped_steps)
+
+    def _build_loader(self) -> Loader:
+        config, data = self.config, self.mesh.data
+        stores = [(TokenStore.open(store.path), store.weight) for store in config.data.train]
+        dataset = BlendedDataset(stores, config.data.sequence_length, config.seed)
+        trainer = config.trainer
+        return Loader(dataset, trainer.global_batch_size, trainer.micro_batch_size, data.rank, data.size)
+
+    def _write_descriptions(self) -> None:
+        """What a person, or a later command, wants beside the checkpoints: DeepSpeed's settings and the tokenizer."""
+        if self.mesh.rank != 0:
+            return
+        (self.run_dir / "ds_config.json").write_text(json.dumps(self.engine.ds_config, indent=2) + "\n")
+        tokenizer = Path(self.config.data.train[0].path) / "tokenizer"
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, self.run_dir / "tokenizer", dirs_exist_ok=True)

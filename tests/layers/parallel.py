@@ -1,0 +1,124 @@
+"""Run a layer on real tensor ranks in float64 and hold outputs and every gradient against plain torch on whole tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalite.config.schema import ParallelConfig
+from megalite.layers.shard import Shard, replace_parameter, shard_of
+from megalite.mesh import Axis, build_mesh
+from megalite.models.materialize import iter_parameter_slots
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-10
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Outcome:
+    """What came out: on one rank, or (without shards) of the reference."""
+
+    output: Tensor
+    input_grads: list[Tensor | None]
+    weight_grads: Tensors
+    shards: dict[str, Shard]
+
+
+def random_tensors(seed: int, **shapes: tuple[int, ...]) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def shapes_of(make: Callable[[Axis], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Logical shapes of a layer's parameters."""
+    layer = make(Axis("tensor", 1, 0, None))
+    return {name: shard_of(getattr(module, attribute)).shape for name, module, attribute in iter_parameter_slots(layer)}
+
+
+def check_layer(
+    tensor: int,
+    make: Callable[[Axis], nn.Module],
+    call: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    *inputs: Tensor,
+    plant: Callable[[], None] = lambda: None,
+) -> None:
+    """`call(layer, axis, *inputs)` on every rank against `plain(weights, *inputs)`; raises AssertionError if they differ.
+
+    Both are followed by a backward pass from the same random gradient. `plant` runs on every rank before.
+    """
+    weights = {name: 0.3 * t for name, t in random_tensors(0, **shapes_of(make)).items()}
+    reference = _reference(weights, plain, inputs)
+    ranks = run_ranks(tensor, _on_rank, tensor, make, call, weights, inputs, plant)
+    compare(reference, ranks)
+
+
+def compare(reference: Outcome, ranks: list[Outcome]) -> None:
+    """Every output, every input's gradient and every replicated gradient on every rank; split ones put together."""
+    for rank, outcome in enumerate(ranks):
+        _close(outcome.output, reference.output, f"output on rank {rank}")
+        for i, (found, wanted) in enumerate(zip(outcome.input_grads, reference.input_grads, strict=True)):
+            if wanted is not None:
+                assert found is not None, f"input {i} has no gradient"
+                _close(found, wanted, f"gradient of input {i} on rank {rank}")
+    assert reference.weight_grads.keys() == ranks[0].weight_grads.keys()
+    for name, wanted in reference.weight_grads.items():
+        shard = ranks[0].shards[name]
+        if shard.dim is None:
+            for rank, outcome in enumerate(ranks):
+                _close(outcome.weight_grads[name], wanted, f"gradient of {name} on rank {rank}")
+        else:
+            _close(shard.gather([outcome.weight_grads[name] for outcome in ranks]), wanted, f"gradient of {name}")
+
+
+def load_weights(layer: nn.Module, weights: Tensors, axis: Axis) -> None:
+    for name, module, attribute in iter_parameter_slots(layer):
+        shard = shard_of(getattr(module, attribute))
+        replace_parameter(module, attribute, shard.slice(weights[name], axis.rank, axis.size).clone())
+
+
+def _close(found: Tensor, wanted: Tensor, what: str) -> None:
+    assert found.shape == wanted.shape, f"{what}: {found.shape} instead of {wanted.shape}"
+    worst = (found - wanted).abs().max().item()
+    assert worst <= TOLERANCE, f"{what} differs by {worst:.2e}"
+
+
+def _reference(weights: Tensors, plain: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Outcome:
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    leaves = [_leaf(tensor) for tensor in inputs]
+    output = plain(weights, *leaves)
+    output.backward(_gradient_of(output))
+    grads = {name: tensor.grad for name, tensor in weights.items()}
+    return Outcome(output.detach(), [leaf.grad for leaf in leaves], grads, {})
+
+
+def _on_rank(
+    tensor: int,
+    make: Callable[[Axis], nn.Module],
+    call: Callable[..., Tensor],
+    weights: Tensors,
+    inputs: tuple[Tensor, ...],
+    plant: Callable[[], None],
+) -> Outcome:
+    plant()
+    axis = build_mesh(ParallelConfig(tensor=tensor), torch.device("cpu")).tensor
+    layer = make(axis)
+    load_weights(layer, weights, axis)
+    leaves = [_leaf(tensor) for tensor in inputs]
+    output = call(layer, axis, *leaves)
+    output.backward(_gradient_of(output))
+    slots = [(name, getattr(module, attribute)) for name, module, attribute in iter_parameter_slots(layer)]
+    grads = {name: parameter.grad for name, parameter in slots}
+    shards = {name: shard_of(parameter) for name, parameter in slots}
+    return Outcome(output.detach(), [leaf.grad for leaf in leaves], grads, shards)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _gradient_of(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(output.shape, generator=generator, dtype=output.dtype)
