@@ -36,7 +36,9 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
         init_method = f"file://{Path(folder) / 'store'}"
         ranks = [
             context.Process(
-                target=_run, args=(target, Place(r, r, world_size, world_size, init_method), os.getpid()), name=f"rank {r}"
+                target=_run,
+                args=(target, Place(r, r, world_size, world_size, init_method), os.getpid()),
+                name=f"rank {r}",
             )
             for r in range(world_size)
         ]

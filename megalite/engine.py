@@ -4,6 +4,7 @@ Only this room and `checkpoint/` know DeepSpeed.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from megalite.comm import all_reduce
 from megalite.config.schema import EngineConfig, TrainConfig
+from megalite.errors import ConfigError
 from megalite.mesh import Mesh
 from megalite.models import Decoder, build_model, init_parameter, materialize, named_logical_parameters
 from megalite.objectives import Batch
@@ -42,6 +44,7 @@ class Engine:
         self.config = config
         self.mesh = mesh
         self.precision = resolve_precision(config.engine, mesh.device)
+        _check_precision(self.precision)
         self.ds_config = build_ds_config(config, mesh, self.precision)
         deepspeed = _import_deepspeed(mesh)
         model = build_model(config.model, mesh, recompute=config.engine.recompute)
@@ -130,6 +133,17 @@ def resolve_precision(engine: EngineConfig, device: torch.device) -> str:
     return "fp32" if device.type == "cpu" else "bf16"
 
 
+def _check_precision(precision: str) -> None:
+    """Raise `ConfigError` where DeepSpeed would refuse the precision on this device."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[precision]:
+        allowed = ", ".join(name for name, works in supported.items() if works)
+        raise ConfigError(f"engine.precision: found {precision}, which this device cannot do; allowed: {allowed}")
+
+
 def build_ds_config(config: TrainConfig, mesh: Mesh, precision: str) -> dict[str, Any]:
     """The DeepSpeed configuration, derived whole from ours; it is saved as run_dir/ds_config.json."""
     engine, trainer = config.engine, config.trainer
@@ -177,6 +191,8 @@ def _import_deepspeed(mesh: Mesh) -> Any:
     # Its build, when killed once, leaves a lock that makes every later start wait for ever.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    # It calls collectives by the names that torch 2.13 is renaming; nothing that a user could change.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     return deepspeed
 

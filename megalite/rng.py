@@ -89,11 +89,11 @@ def _drop(x: Tensor, p: float, key_K: Tensor) -> Tensor:
 
 
 def keep_mask(num_rows: int, num_columns: int, p: float, key_K: Tensor) -> Tensor:
-    """Where an element stays, (R, C): the signed word mix(mix(row ^ key[0]) ^ mix(column ^ key[1])) >= p * 2^32 - 2^31."""
+    """True where an element stays, (R, C): mix(mix(row ^ key[0]) ^ mix(column ^ key[1])) against a threshold."""
     rows_R = torch.arange(num_rows, dtype=torch.int32, device=key_K.device)
     columns_C = torch.arange(num_columns, dtype=torch.int32, device=key_K.device)
     bits_RC = _mix(_mix(rows_R ^ key_K[0])[:, None] ^ _mix(columns_C ^ key_K[1])[None, :])
-    return bits_RC >= int(p * 2**32) - 2**31
+    return bits_RC >= int(p * 2**32) - 2**31  # int32 runs from -2^31, with a share p of it below
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ CORPUS = Path(__file__).with_name("corpus.parquet")
 READER = ReaderConfig(
     id_column="id", source_column="source", language_column="language", split_column="split", on_bad="stop"
 )
+# (type, coverage, language balance), each at every vocabulary size
 VOCAB_SIZES = (2048, 4096, 8192)
-TYPES = ("sp_bpe", "sp_unigram")
-COVERAGES = (0.9, 0.95, 0.98, 0.9995)
-BALANCES = (0.0, 0.5, 1.0)
+SETTINGS = (
+    *(("sp_bpe", coverage, balance) for coverage in (0.9, 0.95, 0.98, 0.9995) for balance in (0.0, 0.5, 1.0)),
+    *(("sp_unigram", coverage, 1.0) for coverage in (0.9, 0.95, 0.98)),
+)
 
 
 def bytes_per_token(config: TokenizerConfig) -> dict[str, float]:
@@ -44,7 +46,7 @@ def bytes_per_token(config: TokenizerConfig) -> dict[str, float]:
 
 def rows() -> Iterator[str]:
     """The table's rows in Markdown."""
-    for vocab_size, type_, coverage, balance in product(VOCAB_SIZES, TYPES, COVERAGES, BALANCES):
+    for vocab_size, (type_, coverage, balance) in product(VOCAB_SIZES, SETTINGS):
         config = TokenizerConfig(
             type=type_,  # type: ignore[arg-type]
             vocab_size=vocab_size,

@@ -64,7 +64,17 @@ def create_moments(engine: Engine, optimizer_step: int) -> None:
         inner.state[flat] = {"step": torch.tensor(float(optimizer_step), device=flat.device)} | {
             kind: torch.zeros_like(flat) for kind in _MOMENTS
         }
+    link_moments(engine)
+
+
+def link_moments(engine: Engine) -> None:
+    """Let DeepSpeed find the moments of every parameter; call before reading or writing them.
+
+    ZeRO 1 and 2 link parameters to their moments once, after the first group's first step, when the moments of the
+    other groups do not exist yet (DeepSpeed 0.19.8, `_optimizer_step`): so link again.
+    """
     if engine.zero_stage in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 

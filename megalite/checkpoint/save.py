@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import save as serialize
 
 import megalite
-from megalite.checkpoint.engine_state import get_loss_scaler, get_tensor, optimizer_step
+from megalite.checkpoint.engine_state import get_loss_scaler, get_tensor, link_moments, optimizer_step
 from megalite.checkpoint_format import KINDS, FileEntry, Manifest, commit, create_temporary, prune, write_file
 from megalite.config.compose import config_values
 from megalite.engine import Engine
@@ -28,6 +28,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, tokens_seen: int, 
     checkpoints = run_dir / "checkpoints"
     rank = engine.mesh.rank
     temporary = Path(_from_rank_0(str(create_temporary(checkpoints, step)) if rank == 0 else None))
+    link_moments(engine)
     entries: list[FileEntry] = []
     error: str | None = None
     for number, (kind, names) in enumerate(_plan(engine)):

@@ -299,3 +299,19 @@ class GenerateConfig:
     top_k: int | None = None  # sample from the k likeliest tokens only
     top_p: float | None = None  # sample from the likeliest tokens that hold this share of the probability
     seed: int = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """`megalite report`."""
+
+    run_dir: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """`megalite doctor`."""
+
+    run_dir: str = "."  # the disk that holds it is looked at; it need not exist
+    port: int = 29500  # the port that torchrun and deepspeed meet on
+    min_free_gib: float = 10.0  # less free disk space than this is a warning

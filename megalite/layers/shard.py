@@ -40,20 +40,26 @@ class Shard:
 
     def slice(self, full: Tensor, rank: int, size: int) -> Tensor:
         """What `rank` of `size` holds of the logical tensor `full`: a contiguous tensor, `full` itself if it is all."""
-        assert tuple(full.shape) == self.shape, f"expected the logical shape {self.shape}, found {tuple(full.shape)}"
-        if self.local_shape(size) == self.shape:
+        if self.local_shape(size) == tuple(full.shape):
             return full.contiguous()
-        assert self.dim is not None
         local = full.new_zeros(self.local_shape(size))
+        self.slice_into(local, full, rank, size)
+        return local
+
+    def slice_into(self, local: Tensor, full: Tensor, rank: int, size: int) -> None:
+        """Copy what `rank` of `size` holds of `full` into `local`, and leave the padding as it is."""
+        assert tuple(full.shape) == self.shape, f"expected the logical shape {self.shape}, found {tuple(full.shape)}"
+        assert tuple(local.shape) == self.local_shape(size), f"{tuple(local.shape)} is not a rank's shape"
+        if self.dim is None:
+            local.copy_(full)
+            return
         source = target = 0
         for part in self.parts:
             width = self._local_part(part, size)
-            count = max(0, min(width, part - rank * width))  # fewer or none where padding begins
-            local.narrow(self.dim, target, count).copy_(
-                full.narrow(self.dim, min(source + rank * width, full.shape[self.dim]), count)
-            )
+            start = min(rank * width, part)
+            count = min(width, part - start)  # fewer or none where padding begins
+            local.narrow(self.dim, target, count).copy_(full.narrow(self.dim, source + start, count))
             source, target = source + part, target + width
-        return local
 
     def gather(self, locals_: Sequence[Tensor]) -> Tensor:
         """The logical tensor from every rank's local one, in rank order; the inverse of `slice`."""

@@ -34,15 +34,20 @@ def init_parameter(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) ->
     """The initial values of this rank's part of the parameter with logical `name`: fp32, on the CPU.
 
     The whole logical tensor is drawn from a CPU generator, on every rank and whatever the device, then cut: the same
-    weights for every layout. At most that tensor and the cut are alive at once.
+    weights for every layout. No more than that tensor and the cut are alive at once.
     """
     shard, init = shard_of(parameter), init_of(parameter)
-    full = torch.empty(shard.shape)
+    # First what stays, then what is let go again: the other way round the small one would sit in the hole of the last
+    # large one, and the heap would grow by a whole tensor each time.
+    local = torch.zeros(shard.local_shape(mesh.tensor.size))
+    full = local if tuple(local.shape) == shard.shape else torch.empty(shard.shape)
     if init.std > 0.0:
         full.normal_(0.0, init.std, generator=torch.Generator().manual_seed(fold(seed, name)))
     else:
         full.fill_(init.constant)
-    return shard.slice(full, mesh.tensor.rank, mesh.tensor.size)
+    if full is not local:
+        shard.slice_into(local, full, mesh.tensor.rank, mesh.tensor.size)
+    return local
 
 
 def materialize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype = torch.float32) -> None:

@@ -1,4 +1,4 @@
-"""Run a layer on real tensor ranks in float64 and hold outputs and every gradient against plain torch on whole tensors."""
+"""Run a layer on real tensor ranks in float64; hold outputs and every gradient against plain torch on whole tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def check_layer(
     *inputs: Tensor,
     plant: Callable[[], None] = lambda: None,
 ) -> None:
-    """`call(layer, axis, *inputs)` on every rank against `plain(weights, *inputs)`; raises AssertionError if they differ.
+    """`call(layer, axis, *inputs)` on every rank against `plain(weights, *inputs)`; AssertionError if they differ.
 
     Both are followed by a backward pass from the same random gradient. `plant` runs on every rank before.
     """

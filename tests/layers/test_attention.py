@@ -35,8 +35,7 @@ def rotary(config, length):
 
 @pytest.mark.parametrize(
     ("name", "tensor"),
-    [("multi_head", 1), ("multi_head", 2), ("multi_head", 4), ("grouped", 1), ("grouped", 2), ("grouped", 4)]
-    + [("multi_query", 1)],
+    [*((name, tensor) for name in ("multi_head", "grouped") for tensor in (1, 2, 4)), ("multi_query", 1)],
 )
 def test_attention(name, tensor):
     config = CONFIGS[name]

@@ -1,0 +1,37 @@
+"""`megalite doctor`: is this machine fit to run? One line for each check, with the fix beside what is wrong."""
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from megalite.config.compose import compose_config
+from megalite.config.schema import DoctorConfig
+from megalite.errors import EXIT_OK, EXIT_RESOURCE
+
+from .doctor_checks import CHECKS, Check
+
+_MARKS = {"ok": ("ok", "green"), "warn": ("warning", "yellow"), "fail": ("failed", "bold red")}
+
+
+def doctor(arguments: list[str]) -> int:
+    """Look at the machine; returns 0 when nothing failed (warnings may stand), else EXIT_RESOURCE."""
+    config = compose_config("doctor", DoctorConfig, arguments)
+    checks = [check for function in CHECKS for check in function(config)]
+    console = Console()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        _print_check(console, check, width)
+    failed = sum(check.status == "fail" for check in checks)
+    warned = sum(check.status == "warn" for check in checks)
+    console.print(f"{len(checks)} checks: {failed} failed, {warned} warnings", highlight=False)
+    return EXIT_RESOURCE if failed else EXIT_OK
+
+
+def _print_check(console: Console, check: Check, width: int) -> None:
+    """The check's line, and below it the fix, which is never broken over lines: it is there to be copied."""
+    line = Table.grid(Column(width=7), Column(width=width), Column(overflow="fold", ratio=1), padding=(0, 2, 0, 0))
+    mark, colour = _MARKS[check.status]
+    line.add_row(Text(mark, colour), Text(check.name), Text(check.found))
+    console.print(line)
+    if check.fix:
+        console.print(Text(" " * 9).append("fix: ", colour).append(check.fix), soft_wrap=True)

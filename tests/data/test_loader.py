@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+
+from megalite.data.format import StoreWriter, TokenStore
+from megalite.data.loader import BlendedDataset, Loader
+from megalite.errors import ConfigError, DataError
+
+S = 8
+
+
+def counting_store(path, start: int, tokens: int) -> TokenStore:
+    """A store whose stream is start, start + 1, ... so that a window shows where it comes from."""
+    with StoreWriter(path, vocab_size=5000, end_of_document=start + tokens - 1) as writer:
+        writer.add_document(np.arange(start, start + tokens - 1), tokens)
+    return TokenStore.open(path)
+
+
+@pytest.fixture
+def dataset(tmp_path) -> BlendedDataset:
+    stores = [(counting_store(tmp_path / "a", 0, 813), 3.0), (counting_store(tmp_path / "b", 2000, 100), 1.0)]
+    return BlendedDataset(stores, S, seed=5)
+
+
+def test_samples_are_windows_of_the_stream(dataset):
+    assert dataset.num_windows == [812 // S, 99 // S]
+    indices = np.arange(400)
+    samples = dataset.samples(indices)
+    assert samples.dtype == np.int64
+    assert samples.shape == (400, S + 1)
+    sources, windows, _ = dataset.order.locate(indices)
+    first = np.where(sources == 0, 0, 2000) + windows * S
+    np.testing.assert_array_equal(samples, first[:, None] + np.arange(S + 1))
+    assert abs((sources == 0).mean() - 0.75) < 0.02
+
+
+def test_an_epoch_predicts_every_token_once(tmp_path):
+    dataset = BlendedDataset([(counting_store(tmp_path / "a", 0, 10 * S + 1), 1.0)], S, seed=0)
+    targets = dataset.samples(np.arange(10))[:, 1:]
+    assert sorted(targets.ravel().tolist()) == list(range(1, 10 * S + 1))
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(S + 1, True), (S, False), (1, False)])
+def test_store_shorter_than_a_window(tmp_path, tokens, fits):
+    store = counting_store(tmp_path / "a", 0, tokens)
+    if fits:
+        assert BlendedDataset([(store, 1.0)], S, 0).samples([0, 1]).shape == (2, S + 1)
+    else:
+        with pytest.raises(DataError, match=f"holds {tokens} tokens, one window needs 9.*data.sequence_length"):
+            BlendedDataset([(store, 1.0)], S, 0)
+
+
+@pytest.mark.parametrize(("micro", "data_size"), [(12, 1), (3, 1), (1, 1), (6, 2), (3, 4), (1, 12), (2, 3)])
+def test_layouts_see_the_same_global_batch(dataset, micro, data_size):
+    for step in (0, 1, 7):
+        expected = dataset.samples(np.arange(step * 12, (step + 1) * 12))
+        ranks = [Loader(dataset, 12, micro, rank, data_size).micro_batches(step) for rank in range(data_size)]
+        assert all(len(batches) == 12 // (micro * data_size) for batches in ranks)
+        assert all(batch.dtype == torch.int64 for batches in ranks for batch in batches)
+        together = [batches[m] for m in range(len(ranks[0])) for batches in ranks]
+        np.testing.assert_array_equal(torch.cat(together).numpy(), expected)
+
+
+def test_batches_are_pinned_where_a_gpu_takes_them(dataset):
+    assert Loader(dataset, 4, 4, 0, 1).micro_batches(0)[0].is_pinned() == torch.cuda.is_available()
+
+
+def test_batch_that_does_not_divide(dataset):
+    with pytest.raises(ConfigError, match=r"trainer.global_batch_size 10 .* 4 x data axis 2"):
+        Loader(dataset, 10, 4, 0, 2)

@@ -1,0 +1,183 @@
+"""The whole decoder against plain torch: outputs and every gradient, on 1, 2 and 4 tensor ranks, in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megalite import rng
+from megalite.config.schema import ParallelConfig
+from megalite.errors import ConfigError
+from megalite.mesh import build_mesh, single_mesh
+from megalite.models import build_model, materialize
+from megalite.models.decoder import Decoder
+from tests.layers.parallel import check_layer
+from tests.layers.plants import PLANTS
+from tests.models.configs import CONFIGS, GPT, LLAMA
+from tests.models.plain import plain_logits, plain_losses
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+CASES = [(name, tensor) for name in ("gpt", "llama") for tensor in (1, 2, 4)] + [("mixed", 2)]
+
+
+def tokens(config, length=9, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (2, length), generator=generator)
+
+
+def check_losses(config, tensor, **options):
+    check_layer(
+        tensor,
+        lambda axis: Decoder(config, axis),
+        lambda model, axis, tokens_BS, labels_BS: model(tokens_BS, labels_BS),
+        lambda weights, tokens_BS, labels_BS: plain_losses(weights, config, tokens_BS, labels_BS),
+        tokens(config),
+        tokens(config, seed=4),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("name", "tensor"), CASES)
+def test_losses_and_gradients(name, tensor):
+    check_losses(CONFIGS[name], tensor)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_logits_and_gradients(name):
+    config = CONFIGS[name]
+    check_layer(
+        2,
+        lambda axis: Decoder(config, axis),
+        lambda model, axis, tokens_BS: model(tokens_BS),
+        lambda weights, tokens_BS: plain_logits(weights, config, tokens_BS),
+        tokens(config),
+    )
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_planted_bugs_are_seen(name, plant):
+    with pytest.raises(AssertionError, match="differs by"):
+        check_losses(CONFIGS[name], 2, plant=plant)
+
+
+def trained(config, recompute, tensor, dropout=0.1):
+    """Losses and gradients of one micro batch with dropout, on this rank."""
+    mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
+    model = build_model(dataclasses.replace(config, dropout=dropout), mesh, recompute)
+    materialize(model, mesh, seed=1)
+    rng.seed_attention_stream(1, 2, 3, mesh.data.rank, mesh.tensor.rank)
+    losses = model(tokens(config), tokens(config, seed=4), rng.micro_batch_key(1, 2, 3, mesh.data.rank, CPU))
+    losses.sum().backward()
+    return [losses.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_recomputation_changes_nothing_with_dropout_on(name, tensor):
+    kept = run_ranks(tensor, trained, CONFIGS[name], "none", tensor)
+    for recompute in ("selective", "full", "none"):
+        again = run_ranks(tensor, trained, CONFIGS[name], recompute, tensor)
+        for rank in range(tensor):
+            assert all(torch.equal(a, b) for a, b in zip(kept[rank], again[rank], strict=True)), recompute
+    without = run_ranks(tensor, trained, CONFIGS[name], "none", tensor, 0.0)
+    assert not torch.equal(kept[0][0], without[0][0])
+
+
+def saved_bytes(recompute):
+    """Bytes that autograd keeps between forward and backward, beside the parameters."""
+    mesh = single_mesh(CPU)
+    model = build_model(GPT, mesh, recompute)
+    materialize(model, mesh, seed=1)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = model(tokens(GPT), tokens(GPT, seed=4))
+    del losses
+    return sum(kept.values())
+
+
+def test_full_recomputation_keeps_less():
+    assert saved_bytes("full") < 0.5 * saved_bytes("none")
+
+
+def operations_of_backward(recompute, tensor=1):
+    """How often each operation runs in the backward pass."""
+    mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
+    model = build_model(GPT, mesh, recompute)
+    materialize(model, mesh, seed=1)
+    losses = model(tokens(GPT), tokens(GPT, seed=4))
+    with torch.profiler.profile() as profile:
+        losses.sum().backward()
+    return {event.key: event.count for event in profile.key_averages()}
+
+
+def test_selective_recomputes_norms_and_activations_but_no_product_or_collective():
+    none, selective, full = (run_ranks(2, operations_of_backward, kind, 2)[0] for kind in ("none", "selective", "full"))
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    for forward_only in (attention, "aten::addmm", "aten::gelu", "aten::native_layer_norm"):
+        assert none.get(forward_only, 0) == 0
+        assert full[forward_only] > 0
+    assert selective["aten::gelu"] > 0
+    assert selective["aten::native_layer_norm"] > 0
+    assert selective.get(attention, 0) == selective.get("aten::addmm", 0) == 0
+    reduction = "_c10d_functional::all_reduce"
+    assert selective[reduction] == none[reduction] < full[reduction]
+
+
+def generate(config, tensor):
+    """Greedy tokens with a cache and, for the same tokens, the logits without one."""
+    mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
+    model = build_model(config, mesh).eval()
+    materialize(model, mesh, seed=5, dtype=torch.float64)
+    sequence, cached = tokens(config, length=4), []
+    cache = model.new_cache(batch=2, max_length=12)
+    with torch.no_grad():
+        step = sequence
+        while sequence.shape[1] < 12:
+            cached.append(model(step, cache=cache))
+            step = cached[-1][:, -1:].argmax(-1)
+            sequence = torch.cat([sequence, step], dim=1)
+        whole = model(sequence[:, :-1])
+    assert (cached[-1].shape, cache.length) == ((2, 1, config.vocab_size), 11)
+    assert torch.equal(whole[:, 3:].argmax(-1), sequence[:, 4:])
+    return (torch.cat(cached, dim=1) - whole).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "mixed"])
+def test_cached_decoding_equals_reading_everything_again(name):
+    assert max(run_ranks(2, generate, CONFIGS[name], 2)) < 1e-10
+
+
+def test_a_sequence_longer_than_the_positions_is_refused():
+    model = build_model(GPT, single_mesh(CPU))
+    with pytest.raises(ConfigError, match=r"17 tokens is longer than model\.max_sequence_length=16"):
+        model(torch.zeros(1, 17, dtype=torch.int64, device="meta"))
+
+
+def test_dropout_in_training_needs_a_key_and_none_in_evaluation():
+    mesh = single_mesh(CPU)
+    model = build_model(dataclasses.replace(LLAMA, dropout=0.1), mesh)
+    materialize(model, mesh, seed=1)
+    with pytest.raises(ValueError, match="dropout_key"):
+        model(tokens(LLAMA))
+    model.eval()
+    assert torch.equal(model(tokens(LLAMA)), model(tokens(LLAMA)))
+
+
+@pytest.mark.parametrize("part", ["embedding", "attention branch", "mlp branch"])
+def test_every_residual_site_is_dropped(part, monkeypatch):
+    sites = []
+    honest = rng.dropout
+    monkeypatch.setattr(rng, "dropout", lambda x, p, key_K: sites.append(key_K) or honest(x, p, key_K))
+    trained(GPT, "none", 1)
+    assert len(sites) == 1 + 2 * GPT.num_layers
+    assert len({tuple(site.tolist()) for site in sites}) == len(sites)
