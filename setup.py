@@ -34,6 +34,7 @@ CORE = [
     "rich>=14",
     "psutil>=7",
     "matplotlib>=3.10",
+    "packaging>=24",
 ]
 EXTRAS = {
     "hf": ["transformers>=5.10"],

@@ -62,9 +62,12 @@ COMMANDS = {
         "GenerateConfig",
     ),
     "report": Command(
-        "report:report", "draw a run's curves into report.html", "megalite report run_dir=outputs/quickstart"
+        "report:report",
+        "draw a run's curves into report.html",
+        "megalite report run_dir=outputs/quickstart",
+        "ReportConfig",
     ),
-    "doctor": Command("doctor:doctor", "is this machine fit to run?", "megalite doctor"),
+    "doctor": Command("doctor:doctor", "is this machine fit to run?", "megalite doctor", "DoctorConfig"),
 }
 
 

@@ -164,6 +164,22 @@ def verify_file(folder: Path, entry: FileEntry) -> None:
         raise CheckpointError(f"{path}: its digest is {digest.hexdigest()}, the manifest says {entry.digest}")
 
 
+def choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    """What `checkpoint.resume` means for a run: a verified checkpoint's folder, or None for a start from step 0.
+
+    `auto` is the newest whole checkpoint of the run, `never` none, anything else a folder. Raises `CheckpointError` for
+    a folder that is not a whole checkpoint, and as `newest_checkpoint` does.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest_checkpoint(run_dir)
+    folder = Path(resume)
+    for entry in read_manifest(folder).files:
+        verify_file(folder, entry)
+    return folder
+
+
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run whose files all verify; older ones are fallen back on, with a warning.
 

@@ -1,6 +1,6 @@
 """The glue to DeepSpeed: one `train_step(micro_batches)` over ZeRO 0-3, precision, accumulation and clipping.
 
-Only this room and `checkpoint/` know DeepSpeed.
+Only this room imports DeepSpeed; `checkpoint/` reaches it through the engine.
 """
 
 import os
@@ -44,18 +44,18 @@ class Engine:
         self.config = config
         self.mesh = mesh
         self.precision = resolve_precision(config.engine, mesh.device)
-        _check_precision(self.precision)
         self.ds_config = build_ds_config(config, mesh, self.precision)
-        deepspeed = _import_deepspeed(mesh)
+        self.deepspeed = _import_deepspeed(mesh)
+        _check_precision(self.deepspeed, self.precision)
         model = build_model(config.model, mesh, recompute=config.engine.recompute)
         if config.engine.zero_stage == 3:
-            _materialize_sharded(deepspeed, model, mesh, config.seed, self.ds_config, DTYPES[self.precision])
+            _materialize_sharded(self.deepspeed, model, mesh, config.seed, self.ds_config, DTYPES[self.precision])
         else:
             materialize(model, mesh, config.seed, DTYPES[self.precision])
         if config.engine.compile:
             model.compile_blocks()
         self.model: Decoder = model
-        self.ds, self.optimizer, _, _ = deepspeed.initialize(
+        self.ds, self.optimizer, _, _ = self.deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(config.optimizer, model.parameters()),
             config=self.ds_config,
@@ -133,11 +133,9 @@ def resolve_precision(engine: EngineConfig, device: torch.device) -> str:
     return "fp32" if device.type == "cpu" else "bf16"
 
 
-def _check_precision(precision: str) -> None:
+def _check_precision(deepspeed: Any, precision: str) -> None:
     """Raise `ConfigError` where DeepSpeed would refuse the precision on this device."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
+    accelerator = deepspeed.accelerator.get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if not supported[precision]:
         allowed = ", ".join(name for name, works in supported.items() if works)
@@ -183,8 +181,9 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def _import_deepspeed(mesh: Mesh) -> Any:
     """DeepSpeed, ready for this rank."""
-    # zero.Init and the accelerator read these, whoever started the process.
+    # It reads these, whoever started the process; told the kind of device, it does not warn that it found no GPU.
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

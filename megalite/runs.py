@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint import choose_checkpoint, load_model
+from megalite.checkpoint import load_model
+from megalite.checkpoint_format import choose_checkpoint
 from megalite.config.compose import read_config
 from megalite.config.schema import ParallelConfig, TrainConfig
 from megalite.errors import CheckpointError
@@ -31,7 +32,7 @@ def load_run(run_dir: str, checkpoint: str | None) -> LoadedRun:
     config = read_config(Path(run_dir) / "config.yaml")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     mesh = build_mesh(ParallelConfig(), device)
-    folder = choose_checkpoint(checkpoint or "auto", Path(run_dir), mesh)
+    folder = choose_checkpoint(checkpoint or "auto", Path(run_dir))
     if folder is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
     model = build_model(config.model, mesh)

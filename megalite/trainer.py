@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalite.checkpoint import choose_checkpoint, load_checkpoint, save_checkpoint
+from megalite.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
 from megalite.config.compose import config_values
 from megalite.config.schema import TrainConfig
 from megalite.data.format import TokenStore
@@ -18,7 +18,7 @@ from megalite.mesh import Mesh
 from megalite.metrics.accumulator import LossMeter
 from megalite.metrics.evaluation import evaluate_store
 from megalite.metrics.hardware import memory_bytes, mfu
-from megalite.metrics.progress import Progress
+from megalite.metrics.progress import build_progress
 from megalite.metrics.sinks import build_sinks
 from megalite.models import flops_per_token
 from megalite.objectives import build_objective
@@ -64,11 +64,15 @@ class Trainer:
             if is_main
             else []
         )
-        progress = Progress(self.config.trainer.steps, self.counters.step) if is_main else None
+        progress = (
+            build_progress(self.config.trainer.steps, self.counters.step, self.mesh.world_size) if is_main else None
+        )
         self._logged_at, self._logged_step = time.perf_counter(), self.counters.step
         try:
             while self.counters.step < self.last_step:
                 result = self._step()
+                if progress:
+                    progress.advance()
                 row = self._training_row(result) if self._is_due(self.config.trainer.log_every) else {}
                 if self._is_due(self.config.trainer.eval_every):
                     row |= self._evaluate()
@@ -156,7 +160,7 @@ class Trainer:
         self._logged_at += time.perf_counter() - started
 
     def _resume(self) -> Counters:
-        folder = choose_checkpoint(self.config.checkpoint.resume, self.run_dir, self.mesh)
+        folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir, self.mesh)
         if folder is None:
             return Counters()
         manifest = load_checkpoint(self.engine, folder)

@@ -1,17 +1,11 @@
 """Reading and writing the fp32 weights and Adam moments inside DeepSpeed's ZeRO engines, one parameter at a time.
 
-Every function is collective over the data axis. Tensors are this tensor-parallel rank's shard, whole over the data axis.
+Every function is collective over the data axis. Tensors are whole over it, and this rank's shard of the tensor axis.
 """
 
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 
 from megalite.engine import Engine
 
@@ -23,7 +17,11 @@ def get_tensor(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> torc
     """The fp32 weight (`weight`) or a moment (`exp_avg`, `exp_avg_sq`) of `parameter`."""
     if engine.zero_stage == 0:
         return parameter.detach() if kind == "weight" else engine.optimizer.state[parameter][kind]
-    value = safe_get_full_fp32_param(parameter) if kind == "weight" else safe_get_full_optimizer_state(parameter, kind)
+    utils = engine.deepspeed.utils
+    if kind == "weight":
+        value = utils.safe_get_full_fp32_param(parameter)
+    else:
+        value = utils.safe_get_full_optimizer_state(parameter, kind)
     assert value is not None, f"DeepSpeed holds no {kind} for a parameter of shape {tuple(parameter.shape)}"
     return value
 
@@ -38,10 +36,10 @@ def set_tensor(engine: Engine, parameter: torch.nn.Parameter, kind: str, value: 
         if engine.zero_stage == 0:
             engine.optimizer.state[parameter][kind].copy_(value)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            engine.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
         return
     if engine.zero_stage > 0:
-        safe_set_full_fp32_param(parameter, value)
+        engine.deepspeed.utils.safe_set_full_fp32_param(parameter, value)
     if engine.zero_stage < 3:
         parameter.data.copy_(value)
         return

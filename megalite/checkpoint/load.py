@@ -8,22 +8,22 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from megalite.checkpoint.engine_state import create_moments, set_loss_scaler, set_tensor
-from megalite.checkpoint_format import KINDS, Manifest, newest_checkpoint, read_manifest, verify_file
+from megalite.checkpoint_format import KINDS, Manifest, choose_checkpoint, read_manifest
 from megalite.engine import Engine
 from megalite.errors import CheckpointError
 from megalite.mesh import Mesh
 from megalite.models import named_logical_parameters
 
 
-def choose_checkpoint(resume: str, run_dir: Path, mesh: Mesh) -> Path | None:
-    """What `checkpoint.resume` means for this run: a checkpoint's folder, or None for a start from step 0.
+def agree_on_checkpoint(resume: str, run_dir: Path, mesh: Mesh) -> Path | None:
+    """`choose_checkpoint` for all ranks: rank 0 looks and verifies, the others are told.
 
-    Rank 0 looks and verifies, the others are told. Raises `CheckpointError` on every rank alike.
+    Raises `CheckpointError` on every rank alike.
     """
     outcome: Any = None
     if mesh.rank == 0:
         try:
-            outcome = _choose(resume, run_dir)
+            outcome = choose_checkpoint(resume, run_dir)
         except CheckpointError as error:
             outcome = error
     box = [outcome]
@@ -31,17 +31,6 @@ def choose_checkpoint(resume: str, run_dir: Path, mesh: Mesh) -> Path | None:
     if isinstance(box[0], CheckpointError):
         raise box[0]
     return box[0]
-
-
-def _choose(resume: str, run_dir: Path) -> Path | None:
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return newest_checkpoint(run_dir)
-    folder = Path(resume)
-    for entry in read_manifest(folder).files:
-        verify_file(folder, entry)
-    return folder
 
 
 def load_checkpoint(engine: Engine, folder: Path) -> Manifest:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as serialize
@@ -106,7 +105,11 @@ def _manifest(engine: Engine, step: int, tokens_seen: int, skipped_steps: int, f
             "precision": engine.precision,
             "device": engine.mesh.device.type,
         },
-        versions={"megalite": megalite.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        versions={
+            "megalite": megalite.__version__,
+            "torch": torch.__version__,
+            "deepspeed": engine.deepspeed.__version__,
+        },
         files=sorted(files, key=lambda entry: entry.name),
     )
 

@@ -1,7 +1,7 @@
 """The configuration as frozen dataclasses: one class for each group in `conf/`.
 
-These classes are what the program reads; `conf/*.yaml` is what the user edits, and `loader.py` checks the second against
-the first. Choices are `Literal`s; a test holds them equal to the tables of the functions that build things from them.
+These classes are what the program reads, with the defaults; `conf/*.yaml` is what the user edits, and `loader.py` checks
+the second against the first. Choices are `Literal`s; a test holds them equal to the tables of the `build_*` functions.
 """
 
 from dataclasses import dataclass, field

@@ -190,7 +190,8 @@ class Decoder(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile every block, in place, as one graph without breaks; the blocks share it.
 
-        Static shapes: each new (batch, sequence) compiles once more, and torch stops at its `recompile_limit` (8).
+        Static shapes: each new (batch, sequence) compiles once more, and torch stops with an error at its
+        `recompile_limit` (8). Not for decoding with a cache, where every token has a new length.
         """
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)

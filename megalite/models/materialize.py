@@ -5,6 +5,8 @@ parameter is a function of (run seed, logical name) alone, so every layout start
 ever holds more than its shard and one whole tensor.
 """
 
+import math
+import mmap
 import re
 from collections.abc import Iterator
 
@@ -37,10 +39,8 @@ def init_parameter(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) ->
     weights for every layout. No more than that tensor and the cut are alive at once.
     """
     shard, init = shard_of(parameter), init_of(parameter)
-    # First what stays, then what is let go again: the other way round the small one would sit in the hole of the last
-    # large one, and the heap would grow by a whole tensor each time.
     local = torch.zeros(shard.local_shape(mesh.tensor.size))
-    full = local if tuple(local.shape) == shard.shape else torch.empty(shard.shape)
+    full = local if tuple(local.shape) == shard.shape else _scratch(shard.shape)
     if init.std > 0.0:
         full.normal_(0.0, init.std, generator=torch.Generator().manual_seed(fold(seed, name)))
     else:
@@ -55,6 +55,16 @@ def materialize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype = to
     for name, module, attribute in iter_parameter_slots(model):
         local = init_parameter(name, getattr(module, attribute), seed, mesh)
         replace_parameter(module, attribute, local.to(mesh.device, dtype))
+
+
+def _scratch(shape: tuple[int, ...]) -> Tensor:
+    """An fp32 tensor in pages of its own, which go back to the system when it is dropped.
+
+    On the heap each would leave a hole that the next one does not fit (glibc's aligned allocations ask for a little
+    more than they keep), and a rank would end up with room for the whole model.
+    """
+    pages = mmap.mmap(-1, 4 * math.prod(shape))
+    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
 
 
 def _logical_name(model: nn.Module, name: str) -> str:

@@ -13,6 +13,7 @@ from megalite import rng
 from megalite.config.schema import ParallelConfig
 from megalite.mesh import build_mesh
 from megalite.models import build_model, materialize
+from tests.layers.plants import copy_forgets_backward
 from tests.models.configs import CONFIGS, GPT, LLAMA
 from tests.ranks import run_ranks
 
@@ -55,9 +56,7 @@ def worst_difference(config, recompute, backend):
     ("name", "recompute", "backend"),
     [
         ("gpt", "none", "inductor"),
-        ("llama", "none", "aot_eager"),
-        ("gpt", "selective", "aot_eager"),
-        ("llama", "full", "aot_eager"),
+        ("llama", "selective", "aot_eager"),
     ],
 )
 def test_compiled_equals_eager_in_one_graph(name, recompute, backend):
@@ -69,15 +68,13 @@ def test_compiled_equals_eager_in_one_graph(name, recompute, backend):
 def test_dropout_is_compiled_too():
     """With aot_eager the attention's dropout draws as in eager mode, so that all is equal."""
     config = dataclasses.replace(LLAMA, dropout=0.1)
-    for worst, graphs in run_ranks(2, worst_difference, config, "none", "aot_eager"):
+    for worst, graphs in run_ranks(2, worst_difference, config, "full", "aot_eager"):
         assert worst < 1e-5
         assert graphs == 1
 
 
 def test_a_missing_all_reduce_in_the_compiled_block_is_seen():
     def planted(config):
-        from tests.layers.plants import copy_forgets_backward
-
         mesh = build_mesh(ParallelConfig(tensor=2), CPU)
         model = build_model(config, mesh)
         materialize(model, mesh, seed=1)
@@ -88,4 +85,4 @@ def test_a_missing_all_reduce_in_the_compiled_block_is_seen():
         compiled = step(model, config)
         return max((a - b).abs().max().item() for a, b in zip(eager, compiled, strict=True))
 
-    assert min(run_ranks(2, planted, GPT)) > 1e-3
+    assert min(run_ranks(2, planted, dataclasses.replace(GPT, num_layers=1))) > 1e-3

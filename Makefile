@@ -1,0 +1,56 @@
+# Two commands for a fresh clone: `make quickstart` and `make test`. Both set up what they need in .venv.
+PYTHON ?= python3
+# On Linux the default index brings torch with CUDA (gigabytes). For a CPU build, the extra index of pytorch.org:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu quickstart
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SAMPLE := outputs/sample
+RUN := outputs/quickstart
+CORPUS := data_tools/sample_corpus/corpus.parquet
+
+.PHONY: quickstart test test-full lint clean
+
+quickstart: $(SAMPLE)/store/build_report.json
+	$(BIN)/megalite train experiment=quickstart
+	$(BIN)/megalite report run_dir=$(RUN)
+	@echo; echo "--- megalite generate run_dir=$(RUN) prompt=\"ROMEO:\""
+	@$(BIN)/megalite generate run_dir=$(RUN) prompt="ROMEO:" temperature=0.7 max_new_tokens=160
+	@echo; echo "--- megalite generate run_dir=$(RUN) prompt=\"春\""
+	@$(BIN)/megalite generate run_dir=$(RUN) prompt="春" temperature=0.7 max_new_tokens=160
+	@echo; echo "The loss curve: $(RUN)/report.html. More text: $(BIN)/megalite generate run_dir=$(RUN) prompt=..."
+
+$(SAMPLE)/store/build_report.json: $(SAMPLE)/tokenizer/tokenizer.model
+	$(BIN)/megalite data build input=$(CORPUS) output=$(SAMPLE)/store tokenizer.path=$(SAMPLE)/tokenizer \
+	  reader.source_column=source reader.language_column=language reader.split_column=split overwrite=true
+
+$(SAMPLE)/tokenizer/tokenizer.model: $(CORPUS) | $(VENV)/core
+	$(BIN)/megalite tokenizer train input=$(CORPUS) output=$(SAMPLE)/tokenizer tokenizer.vocab_size=4096 \
+	  reader.language_column=language reader.split_column=split split=train overwrite=true
+
+test: $(VENV)/dev lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(VENV)/dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Torch first, so that its index can be chosen; DeepSpeed is built without its compiled operations, which are not used.
+$(VENV)/core: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	DS_BUILD_OPS=0 $(PIP) --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
