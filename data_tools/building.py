@@ -24,9 +24,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from megalite.config.schema import DataBuildConfig
+from megalite.config.validate_commands import validate_data_build
 from megalite.data.files import new_directory, write_synced
 from megalite.data.format import StoreWriter
-from megalite.errors import ConfigError, DataError, ResourceError
+from megalite.errors import DataError, ResourceError
 from megalite.log import get_logger
 from megalite.tokenizer import Tokenizer, load_tokenizer
 
@@ -77,7 +78,7 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     (without `overwrite`) or no document at all, `ResourceError` when the disk or a worker gives out. After an error
     nothing stands under the final name.
     """
-    _check_config(config)
+    validate_data_build(config)
     tokenizer = load_tokenizer(config.tokenizer.path)
     output = Path(config.output)
     read = ReadReport()
@@ -100,15 +101,6 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     except BrokenProcessPool:
         raise ResourceError("a worker process died, perhaps for want of memory: set a smaller workers=") from None
     return report
-
-
-def _check_config(config: DataBuildConfig) -> None:
-    if not 0 <= config.validation_fraction < 1:
-        raise ConfigError(f"validation_fraction: found {config.validation_fraction}, allowed: 0 <= fraction < 1")
-    if config.workers is not None and config.workers < 1:
-        raise ConfigError(f"workers: found {config.workers}, allowed: 1 or more, or null for all cores")
-    if config.shard_tokens < 1:
-        raise ConfigError(f"shard_tokens: found {config.shard_tokens}, allowed: 1 or more")
 
 
 def _write_stores(

@@ -24,7 +24,7 @@ def find_stores(path: str | Path) -> list[Path]:
     root = Path(path)
     found = sorted(manifest.parent for manifest in root.rglob(MANIFEST))
     if not found:
-        raise DataError(f"{root} {'holds no' if root.exists() else 'does not exist: no'} token store to be found there")
+        raise DataError(f"{root} holds no token store" if root.exists() else f"{root} does not exist")
     return found
 
 

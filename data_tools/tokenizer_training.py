@@ -15,12 +15,13 @@ from typing import Any
 import xxhash
 
 from megalite.config.schema import TokenizerConfig, TokenizerTrainConfig
+from megalite.config.validate_commands import validate_tokenizer_train
 from megalite.data.files import new_directory, write_synced
 from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.log import get_logger
 from megalite.tokenizer import CONFIG, SP_MODEL, SentencePieceTokenizer, config_text
 
-from .readers import SPLITS, Document, ReadReport, iter_documents
+from .readers import Document, ReadReport, iter_documents
 
 log = get_logger(__name__)
 
@@ -37,7 +38,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     Raises `ConfigError` for values out of range, and for a vocabulary that the text cannot fill or that cannot hold its
     characters; `DataError` for bad input, and for an output that exists (without `overwrite`).
     """
-    _check_config(config)
+    validate_tokenizer_train(config)
     output = Path(config.output)
     try:
         with new_directory(output, overwrite_mark=CONFIG if config.overwrite else None) as temporary:
@@ -60,7 +61,8 @@ class TrainingSample:
     a whole number of times, and once more for a fraction of the pieces that a hash chooses.
 
     `character_coverage` is applied here, since SentencePiece accepts no value below 0.98: the most frequent characters
-    that make up this share of the weighted sample stay, and the text is cut at the others. They get no pieces.
+    that make up this share of the weighted sample stay, and the text is cut at the others. They get no pieces. ASCII
+    always stays: as a byte such a character is one token, too, but one that joins no longer piece.
     """
 
     def __init__(self, config: TokenizerTrainConfig):
@@ -105,7 +107,7 @@ class TrainingSample:
         wanted = self._config.tokenizer.character_coverage * sum(weights.values())
         covered, cuts = 0.0, list(_RESERVED)
         for character, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0])):
-            if covered >= wanted:
+            if covered >= wanted and not character.isascii():
                 cuts.append(character)
             covered += weight
         return {ord(character): "\0" for character in cuts}
@@ -131,26 +133,6 @@ def _cut(text: str) -> Iterator[str]:
                 end -= 1
         yield data[start:end].decode()
         start = end
-
-
-def _check_config(config: TokenizerTrainConfig) -> None:
-    tokenizer = config.tokenizer
-    ranges = (
-        ("vocab_size", tokenizer.vocab_size, tokenizer.vocab_size >= 1, "1 or more"),
-        ("character_coverage", tokenizer.character_coverage, 0 < tokenizer.character_coverage <= 1, "0 < x <= 1"),
-        ("language_balance", tokenizer.language_balance, 0 <= tokenizer.language_balance <= 1, "0 <= x <= 1"),
-        ("sample_bytes", tokenizer.sample_bytes, tokenizer.sample_bytes >= 1, "1 or more"),
-        ("num_threads", tokenizer.num_threads, 1 <= tokenizer.num_threads <= 128, "1 to 128"),
-    )
-    for name, found, fits, allowed in ranges:
-        if not fits:
-            raise ConfigError(f"tokenizer.{name}: found {found}, allowed: {allowed}")
-    if config.split is not None and config.split not in SPLITS:
-        raise ConfigError(f"split: found {config.split!r}, allowed: {', '.join(SPLITS)}, or null for all documents")
-    if config.split is not None and config.reader.split_column is None:
-        raise ConfigError(f"split={config.split} needs reader.split_column, the column that tells it")
-    if tokenizer.language_balance and config.reader.language_column is None:
-        raise ConfigError("tokenizer.language_balance needs reader.language_column, the column that tells the language")
 
 
 def _train(sample: TrainingSample, config: TokenizerConfig) -> bytes:

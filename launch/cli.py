@@ -7,19 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import megalite
-from megalite.config.compose import CONF
-from megalite.config.help import describe_keys
+from megalite.config import schema
+from megalite.config.help import describe_groups, describe_keys
 from megalite.errors import EXIT_CONFIG, EXIT_OK, MegaliteError
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand. `schema` names the dataclass in megalite.config.schema whose keys it takes."""
+    """One subcommand. `config` names the dataclass in megalite.config.schema whose keys it takes, and its YAML."""
 
     function: str  # module:function, called with the arguments after the subcommand's name
     summary: str
     example: str
-    schema: str | None = None
+    config: tuple[str, str] | None = None
+    notes: str = ""
 
 
 COMMANDS = {
@@ -27,53 +28,74 @@ COMMANDS = {
         "tokenizer:train",
         "train a tokenizer on raw text",
         "megalite tokenizer train input=books/*.txt output=tokenizers/books tokenizer.vocab_size=8192",
-        "TokenizerTrainConfig",
+        ("TokenizerTrainConfig", "tokenizer_train"),
     ),
     "data build": Command(
         "data:build",
         "turn raw text into a token store",
         "megalite data build input=books/*.txt output=stores/books tokenizer.path=tokenizers/books",
-        "DataBuildConfig",
+        ("DataBuildConfig", "data_build"),
     ),
     "data verify": Command(
-        "data:verify", "compare a token store with its checksums", "megalite data verify store=stores/books/train/books"
+        "data:verify",
+        "compare a token store with its checksums",
+        "megalite data verify store=stores/books/train/books",
+        notes="keys:\n  store=???  (path)  # a token store, or a folder with several",
     ),
     "data inspect": Command(
         "data:inspect",
         "look at a token store and some of its documents",
         "megalite data inspect store=stores/books/train/books documents=3",
+        notes="keys:\n  store=???  (path)  # a token store, or a folder with several\n"
+        "  documents=3  (int)  # so many of each are printed",
     ),
     "train": Command(
         "commands:train",
         "train a model; the same command again continues",
         "megalite train model=gpt2_124m data.train=stores/books/train/books parallel=tp2 launch.nproc_per_node=4",
-        "TrainConfig",
+        ("TrainConfig", "train"),
+        notes="--cfg prints the configuration, composed and checked, as YAML and ends.",
     ),
     "eval": Command(
         "commands:evaluate",
         "loss, perplexity and bits per byte of a checkpoint",
         "megalite eval run_dir=outputs/quickstart",
-        "EvaluateConfig",
+        ("EvaluateConfig", "eval"),
     ),
     "generate": Command(
         "commands:generate",
         "let a checkpoint write",
         'megalite generate run_dir=outputs/quickstart prompt="ROMEO:" temperature=0.8',
-        "GenerateConfig",
+        ("GenerateConfig", "generate"),
     ),
     "report": Command(
         "report:report",
         "draw a run's curves into report.html",
         "megalite report run_dir=outputs/quickstart",
-        "ReportConfig",
+        ("ReportConfig", "report"),
     ),
-    "doctor": Command("doctor:doctor", "is this machine fit to run?", "megalite doctor", "DoctorConfig"),
+    "doctor": Command("doctor:doctor", "is this machine fit to run?", "megalite doctor", ("DoctorConfig", "doctor")),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code (see megalite/errors.py)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except MegaliteError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `megalite ... | head`: the reader has gone; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(arguments: list[str]) -> int:
     if arguments in (["--version"], ["version"]):
         print(f"megalite {megalite.__version__}")
         return EXIT_OK
@@ -87,17 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(argument in ("-h", "--help") for argument in rest):
         print(_help(name))
         return EXIT_OK
-    try:
-        return _function(COMMANDS[name])(rest)
-    except MegaliteError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # `megalite ... | head`: the reader has gone; keep the interpreter from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return _function(COMMANDS[name])(rest)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -125,8 +137,13 @@ def _overview() -> str:
 def _help(name: str) -> str:
     command = COMMANDS[name]
     lines = [f"megalite {name}: {command.summary}", "", f"  {command.example}"]
-    if command.schema:
-        lines += ["", f"keys (defaults; YAML in {CONF}):", *describe_keys(command.schema)]
+    if command.notes:
+        lines += ["", command.notes]
+    if command.config:
+        cls, primary = getattr(schema, command.config[0]), command.config[1]
+        if groups := describe_groups(cls):
+            lines += ["", "groups (each option is a file of keys in conf/):", *groups]
+        lines += ["", f"keys (defaults; conf/{primary}.yaml):", *describe_keys(cls, primary)]
     return "\n".join(lines)
 
 

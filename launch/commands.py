@@ -4,11 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-from megalite.config.compose import compose_config, compose_train, save_config
+from megalite.config.compose import compose_config, compose_train, config_yaml, read_config, save_config
 from megalite.config.place import Place, count_gpus
 from megalite.config.schema import EvaluateConfig, GenerateConfig
-from megalite.config.validate import validate_generate, validate_train
-from megalite.errors import ConfigError
+from megalite.config.validate import validate_train
+from megalite.config.validate_commands import validate_evaluate, validate_generate
+from megalite.errors import EXIT_OK
 from megalite.log import setup_logging
 from megalite.preflight import preflight
 
@@ -18,19 +19,25 @@ from .spawn import spawn_ranks
 def train(arguments: list[str]) -> int:
     """Train a model: compose, check, freeze into run_dir/config.yaml, start the local ranks."""
     setup_logging()
-    config = compose_train(arguments)
-    world_size = config.launch.nproc_per_node or max(1, count_gpus())
-    validate_train(config, world_size)
+    config = compose_train([argument for argument in arguments if argument != "--cfg"])
+    num_gpus = count_gpus()
+    world_size = config.launch.nproc_per_node or max(1, num_gpus)
+    device = "cuda" if num_gpus else "cpu"
+    validate_train(config, world_size, device)
+    if "--cfg" in arguments:
+        print(config_yaml(config), end="")
+        return EXIT_OK
     config = preflight(config)
+    validate_train(config, world_size, device)  # again, now that model.vocab_size is known
     save_config(config, Path(config.run_dir) / "config.yaml")
-    if world_size > 1 and not count_gpus():
+    if world_size > 1 and not num_gpus:
         # Read when torch is imported, below: ranks share the cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     from megalite.train import train as train_rank
 
     if world_size == 1:
         train_rank(config, Place())
-        return 0
+        return EXIT_OK
     return spawn_ranks(lambda place: train_rank(config, place), world_size)
 
 
@@ -38,13 +45,13 @@ def evaluate(arguments: list[str]) -> int:
     """Print loss, perplexity and bits per byte of a checkpoint on whole documents, by source."""
     setup_logging()
     config = compose_config("eval", EvaluateConfig, arguments)
-    if config.micro_batch_size < 1:
-        raise ConfigError(f"micro_batch_size: found {config.micro_batch_size}, must be at least 1")
+    validate_evaluate(config)
+    read_config(Path(config.run_dir) / "config.yaml")  # before the seconds that importing torch takes
     from megalite.evaluate import evaluate as run
 
     for name, value in run(config).items():
         print(f"{name} {value:.6g}")
-    return 0
+    return EXIT_OK
 
 
 def generate(arguments: list[str]) -> int:
@@ -52,6 +59,7 @@ def generate(arguments: list[str]) -> int:
     setup_logging()
     config = compose_config("generate", GenerateConfig, arguments)
     validate_generate(config)
+    read_config(Path(config.run_dir) / "config.yaml")  # before the seconds that importing torch takes
     from megalite.generate import generate as run
 
     for number, text in enumerate(run(config)):
@@ -59,4 +67,4 @@ def generate(arguments: list[str]) -> int:
             print("-" * 40)
         print(text)
         sys.stdout.flush()
-    return 0
+    return EXIT_OK

@@ -8,15 +8,7 @@ from megalite.errors import ConfigError
 
 
 def build(argv: Sequence[str]) -> int:
-    """Tokenise text files into token stores: output/{train,validation}/<source>/.
-
-    Example: megalite data build input=books/ output=data/books tokenizer.path=data/tokenizer workers=8
-
-    Keys (conf/data_build.yaml): input (files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), output,
-    tokenizer.path, reader.format, reader.document, reader.text_column, reader.id_column, reader.source_column,
-    reader.language_column, reader.split_column, reader.source, reader.on_bad (stop, skip), validation_fraction, seed,
-    workers, shard_tokens, overwrite.
-    """
+    """Tokenise text files into token stores: output/{train,validation}/<source>/."""
     from rich.console import Console
     from rich.table import Table
 
@@ -42,9 +34,7 @@ def build(argv: Sequence[str]) -> int:
 def verify(argv: Sequence[str]) -> int:
     """Read token stores again and compare every file with the digests in the manifests.
 
-    Example: megalite data verify store=data/books/train/books
-
-    Keys: store (a token store, or a folder with several, such as the output of `megalite data build`).
+    `store=` is a token store, or a folder with several, such as the output of `megalite data build`.
     """
     from megalite.data_tools.inspection import verify_stores
 
@@ -56,9 +46,7 @@ def verify(argv: Sequence[str]) -> int:
 def inspect(argv: Sequence[str]) -> int:
     """Show a token store's counts and its first documents, decoded.
 
-    Example: megalite data inspect store=data/books/train/books documents=3
-
-    Keys: store (a token store, or a folder with several), documents (3: how many of each are printed).
+    `store=` as for `verify`; `documents=3`: so many of each store are printed.
     """
     from rich.console import Console
     from rich.rule import Rule

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from megalite.config.compose import compose_config
 from megalite.config.schema import DoctorConfig
+from megalite.config.validate_commands import validate_doctor
 from megalite.errors import EXIT_OK, EXIT_RESOURCE
 
 from .doctor_checks import CHECKS, Check
@@ -16,6 +17,7 @@ _MARKS = {"ok": ("ok", "green"), "warn": ("warning", "yellow"), "fail": ("failed
 def doctor(arguments: list[str]) -> int:
     """Look at the machine; returns 0 when nothing failed (warnings may stand), else EXIT_RESOURCE."""
     config = compose_config("doctor", DoctorConfig, arguments)
+    validate_doctor(config)
     checks = [check for function in CHECKS for check in function(config)]
     console = Console()
     width = max(len(check.name) for check in checks)

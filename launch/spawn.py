@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
+import xxhash
+
 from megalite.config.place import Place
 from megalite.errors import EXIT_FAILURE, MegaliteError
 
@@ -28,7 +30,8 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
     """Run `target(place)` in `world_size` forked processes and wait for all; returns the exit code of the run.
 
     When one rank fails, the others, which wait for it in a collective, are ended, and the first failure's code is
-    returned. SIGINT and SIGTERM are passed on to the ranks. A rank dies with its parent.
+    returned. A `MegaliteError` is printed without a traceback, and once when several ranks raise the same. SIGINT and
+    SIGTERM are passed on to the ranks. A rank dies with its parent.
     """
     context = multiprocessing.get_context("fork")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen on the loopback only
@@ -37,7 +40,7 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
         ranks = [
             context.Process(
                 target=_run,
-                args=(target, Place(r, r, world_size, world_size, init_method), os.getpid()),
+                args=(target, Place(r, r, world_size, world_size, init_method), os.getpid(), Path(folder)),
                 name=f"rank {r}",
             )
             for r in range(world_size)
@@ -53,8 +56,8 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
                 signal.signal(number, handler)
 
 
-def _run(target: Callable[[Place], None], place: Place, parent: int) -> None:
-    """The life of one rank."""
+def _run(target: Callable[[Place], None], place: Place, parent: int, folder: Path) -> None:
+    """The life of one rank; `folder` is shared by all of them."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(EXIT_FAILURE)  # the parent died before the line above
@@ -64,7 +67,9 @@ def _run(target: Callable[[Place], None], place: Place, parent: int) -> None:
     try:
         target(place)
     except MegaliteError as error:
-        print(f"rank {place.rank}: {type(error).__name__}: {error}", file=sys.stderr)
+        message = f"{type(error).__name__}: {error}"
+        if _is_first_to_say(message, folder):
+            print(f"rank {place.rank}: {message}", file=sys.stderr)
         code = error.exit_code
     except SystemExit as exit_request:
         code = exit_request.code if isinstance(exit_request.code, int) else EXIT_FAILURE
@@ -75,6 +80,17 @@ def _run(target: Callable[[Place], None], place: Place, parent: int) -> None:
     sys.stderr.flush()
     # Skip the interpreter's teardown: process groups hold threads that may wait for a peer which has already gone.
     os._exit(code)
+
+
+def _is_first_to_say(message: str, folder: Path) -> bool:
+    """True for one of the ranks that fail with the same words: the user reads them once."""
+    try:
+        (folder / xxhash.xxh3_64_hexdigest(message.encode())).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # the parent and its folder are gone
+    return True
 
 
 def _wait(ranks: list[BaseProcess]) -> int:

@@ -13,10 +13,18 @@ import torch
 import torch.distributed as dist
 
 from megalite.comm import all_reduce
-from megalite.config.schema import EngineConfig, TrainConfig
+from megalite.config.schema import TrainConfig
+from megalite.config.validate import resolve_precision
 from megalite.errors import ConfigError
 from megalite.mesh import Mesh
-from megalite.models import Decoder, build_model, init_parameter, materialize, named_logical_parameters
+from megalite.models import (
+    Decoder,
+    allocate,
+    build_model,
+    init_parameter,
+    iter_parameter_slots,
+    named_logical_parameters,
+)
 from megalite.objectives import Batch
 from megalite.optim import build_optimizer, clip_grad_norm
 from megalite.rng import micro_batch_key, seed_attention_stream
@@ -37,21 +45,22 @@ class Engine:
     """A model, its optimizer and DeepSpeed's engine around both."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        """Build the model on the mesh, with initial weights from `config.seed`.
+        """Build the model on the mesh; its weights are zeros until `init_weights` or a checkpoint fills them in.
 
         Raises `ConfigError` when the precision that `auto` stands for on this device does not go with the ZeRO stage.
         """
         self.config = config
         self.mesh = mesh
-        self.precision = resolve_precision(config.engine, mesh.device)
+        self.precision = resolve_precision(config.engine, mesh.device.type)
         self.ds_config = build_ds_config(config, mesh, self.precision)
         self.deepspeed = _import_deepspeed(mesh)
         _check_precision(self.deepspeed, self.precision)
+        _check_overrides(self.deepspeed, self.ds_config, mesh)
         model = build_model(config.model, mesh, recompute=config.engine.recompute)
         if config.engine.zero_stage == 3:
-            _materialize_sharded(self.deepspeed, model, mesh, config.seed, self.ds_config, DTYPES[self.precision])
+            _allocate_sharded(self.deepspeed, model, mesh, self.ds_config, DTYPES[self.precision])
         else:
-            materialize(model, mesh, config.seed, DTYPES[self.precision])
+            allocate(model, mesh, DTYPES[self.precision])
         if config.engine.compile:
             model.compile_blocks()
         self.model: Decoder = model
@@ -72,6 +81,30 @@ class Engine:
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Logical names and parameters, in an order that is the same on every rank."""
         return list(named_logical_parameters(self.model))
+
+    def init_weights(self) -> None:
+        """Initial weights from `config.seed`, one parameter at a time: the same for every layout and precision.
+
+        In half precision the fp32 master weights get the unrounded values. Rounded ones would sit in the middle of their
+        half-precision neighbourhood, and the small updates of the first steps would all round back to where they were.
+        """
+        for name, parameter in self.parameters():
+            self.set_weight(parameter, init_parameter(name, parameter, self.config.seed, self.mesh))
+
+    def set_weight(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Overwrite a parameter and its fp32 master with this tensor rank's `value`, given whole over the data axis."""
+        value = value.to(self.mesh.device, torch.float32)
+        if self.zero_stage > 0:
+            self.deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        if self.zero_stage < 3:
+            parameter.data.copy_(value)
+            return
+        # ZeRO 3: this rank's piece of the flat tensor; small parameters are kept whole on every rank besides.
+        piece, flat = parameter.ds_tensor, value.flatten()  # type: ignore[attr-defined]
+        own = flat[self.mesh.data.rank * piece.numel() :][: piece.numel()]
+        piece[: len(own)].copy_(own)
+        if parameter.data.shape == value.shape:
+            parameter.data.copy_(value)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
         """Forward, backward and update over this replica's micro batches of the global batch.
@@ -126,13 +159,6 @@ class Engine:
         return StepResult(all_reduce(loss, self.mesh.data), grad_norm, False)
 
 
-def resolve_precision(engine: EngineConfig, device: torch.device) -> str:
-    """`auto` as fp32 on a CPU and bf16 on anything else."""
-    if engine.precision != "auto":
-        return engine.precision
-    return "fp32" if device.type == "cpu" else "bf16"
-
-
 def _check_precision(deepspeed: Any, precision: str) -> None:
     """Raise `ConfigError` where DeepSpeed would refuse the precision on this device."""
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -140,6 +166,14 @@ def _check_precision(deepspeed: Any, precision: str) -> None:
     if not supported[precision]:
         allowed = ", ".join(name for name, works in supported.items() if works)
         raise ConfigError(f"engine.precision: found {precision}, which this device cannot do; allowed: {allowed}")
+
+
+def _check_overrides(deepspeed: Any, ds_config: dict[str, Any], mesh: Mesh) -> None:
+    """Raise `ConfigError` for a value in `engine.ds_overrides` that DeepSpeed would refuse."""
+    try:
+        deepspeed.DeepSpeedConfig(ds_config, mesh.mpu)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"engine.ds_overrides: DeepSpeed refuses the settings: {error}") from None
 
 
 def build_ds_config(config: TrainConfig, mesh: Mesh, precision: str) -> dict[str, Any]:
@@ -185,10 +219,11 @@ def _import_deepspeed(mesh: Mesh) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
     os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
+    import deepspeed.ops
 
-    # Its build, when killed once, leaves a lock that makes every later start wait for ever.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    # No compiled operation is used. Asked which of them would build here, DeepSpeed runs the compiler on every start, and
+    # a build of its `shm_comm` that was killed once leaves a lock for which every later start waits for ever.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel("WARNING")
     # It calls collectives by the names that torch 2.13 is renaming; nothing that a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -196,19 +231,18 @@ def _import_deepspeed(mesh: Mesh) -> Any:
     return deepspeed
 
 
-def _materialize_sharded(
-    deepspeed: Any, model: Decoder, mesh: Mesh, seed: int, ds_config: dict[str, Any], dtype: torch.dtype
+def _allocate_sharded(
+    deepspeed: Any, model: Decoder, mesh: Mesh, ds_config: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Give every parameter its initial values and shard it over the data axis at once, one after the other.
+    """Give every parameter storage and shard it over the data axis at once, one after the other.
 
-    Host memory stays below this rank's shard and the largest tensor.
+    Memory stays below this rank's shard and the largest tensor.
     """
-    for name, parameter in list(named_logical_parameters(model)):
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
+    for _, module, attribute in iter_parameter_slots(model):
+        meta = getattr(module, attribute)
         holder = torch.nn.Module()
-        holder.weight = torch.nn.Parameter(init_parameter(name, parameter, seed, mesh).to(dtype))
-        holder.weight.__dict__.update(parameter.__dict__)
+        holder.weight = torch.nn.Parameter(torch.zeros(meta.shape, dtype=dtype))
+        holder.weight.__dict__.update(meta.__dict__)
         deepspeed.zero.Init(
             module=holder,
             data_parallel_group=mesh.data.group,

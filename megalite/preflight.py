@@ -1,6 +1,7 @@
 """Checks that need the disk but no torch: the configuration against its stores and against the run's checkpoint."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 from megalite.checkpoint_format import list_checkpoints, read_manifest
@@ -15,11 +16,12 @@ log = get_logger(__name__)
 
 
 def preflight(config: TrainConfig) -> TrainConfig:
-    """Open every store, compare vocabularies and tokenizers, and look at the checkpoint to resume from.
+    """Open every store, compare vocabularies and tokenizers, look at the checkpoint to resume from and at libraries.
 
     Returns the configuration with `model.vocab_size` filled in from the stores where it was null. Raises `ConfigError`,
     `DataError` or `CheckpointError`, naming the key or the file.
     """
+    _check_libraries(config)
     stores = [_open("data.train", store) for store in config.data.train]
     for store in stores:
         _check_length(store, config.data.sequence_length)
@@ -28,6 +30,14 @@ def preflight(config: TrainConfig) -> TrainConfig:
     config = _with_vocab_size(config, stores)
     _check_checkpoint(config)
     return config
+
+
+def _check_libraries(config: TrainConfig) -> None:
+    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "logging.tensorboard: found true, but the library is not installed: pip install megalite[tensorboard], or "
+            "set logging.tensorboard=false"
+        )
 
 
 def _open(key: str, store: StoreConfig) -> TokenStore:
@@ -46,15 +56,17 @@ def _check_length(store: TokenStore, sequence_length: int) -> None:
 
 
 def _check_tokenizers(stores: list[TokenStore]) -> None:
-    """Ids mean the same text in every store."""
-    first = stores[0]
-    for store in stores[1:]:
-        ours, theirs = first.manifest.tokenizer, store.manifest.tokenizer
-        if ours and theirs and ours.digest != theirs.digest:
-            raise ConfigError(
-                f"data.train and data.validation: {first.path} and {store.path} were built with different tokenizers "
-                f"({ours.digest[:8]} and {theirs.digest[:8]}); build them with the same one"
-            )
+    """Ids mean the same text in every store; one without a tokenizer is taken at its word."""
+    built_with: dict[str, Path] = {}  # tokenizer digest -> the first store with it
+    for store in stores:
+        if store.manifest.tokenizer:
+            built_with.setdefault(store.manifest.tokenizer.digest, store.path)
+    if len(built_with) > 1:
+        raise ConfigError(
+            "data.train and data.validation: the stores were built with different tokenizers ("
+            + ", ".join(f"{path}: {digest[:8]}" for digest, path in built_with.items())
+            + "); build them with the same one"
+        )
 
 
 def _with_vocab_size(config: TrainConfig, stores: list[TokenStore]) -> TrainConfig:

@@ -1,6 +1,5 @@
 """One rank of a training run: `torchrun -m megalite.train key=value ...`, or called by `megalite train`."""
 
-import dataclasses
 import os
 import sys
 from datetime import timedelta
@@ -13,7 +12,6 @@ from megalite.config.compose import compose_train, config_digest, config_values,
 from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import TrainConfig
 from megalite.config.validate import validate_train
-from megalite.engine import resolve_precision
 from megalite.errors import ConfigError, MegaliteError
 from megalite.log import get_logger, setup_logging
 from megalite.mesh import build_mesh
@@ -45,7 +43,7 @@ def train(config: TrainConfig, place: Place) -> None:
     if device.type == "cpu" and place.local_world_size > 1:
         # Ranks that fight for cores are slower than ranks that share them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
-    validate_train(_with_precision(config, device), place.world_size)
+    validate_train(config, place.world_size, device.type)
     _start_process_group(place, device)
     try:
         run_dir = Path(config.run_dir)
@@ -70,12 +68,6 @@ def _pick_device(place: Place) -> torch.device:
         )
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)
-
-
-def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration with `engine.precision=auto` resolved, for the rules that depend on it."""
-    precision = resolve_precision(config.engine, device)
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
 
 
 def _start_process_group(place: Place, device: torch.device) -> None:

@@ -162,6 +162,7 @@ class Trainer:
     def _resume(self) -> Counters:
         folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir, self.mesh)
         if folder is None:
+            self.engine.init_weights()
             return Counters()
         manifest = load_checkpoint(self.engine, folder)
         log.info("continuing from %s", folder)

@@ -31,24 +31,13 @@ def set_tensor(engine: Engine, parameter: torch.nn.Parameter, kind: str, value: 
 
     Call `create_moments` first: before its first step the optimizer has none.
     """
-    value = value.to(engine.mesh.device, torch.float32)
-    if kind != "weight":
-        if engine.zero_stage == 0:
-            engine.optimizer.state[parameter][kind].copy_(value)
-        else:
-            engine.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
-        return
-    if engine.zero_stage > 0:
-        engine.deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-    if engine.zero_stage < 3:
-        parameter.data.copy_(value)
-        return
-    # ZeRO 3: this rank's piece of the flat tensor; small parameters are kept whole on every rank besides.
-    piece, flat = parameter.ds_tensor, value.flatten()  # type: ignore[attr-defined]
-    start = engine.mesh.data.rank * piece.numel()
-    piece[: len(flat[start : start + piece.numel()])].copy_(flat[start : start + piece.numel()])
-    if parameter.data.shape == value.shape:
-        parameter.data.copy_(value)
+    if kind == "weight":
+        engine.set_weight(parameter, value)
+    elif engine.zero_stage == 0:
+        engine.optimizer.state[parameter][kind].copy_(value)
+    else:
+        value = value.to(engine.mesh.device, torch.float32)
+        engine.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def create_moments(engine: Engine, optimizer_step: int) -> None:

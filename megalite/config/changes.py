@@ -21,17 +21,18 @@ BUT_NOT_REFUSED = ("model.dropout",)
 def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
     """Compare two configurations (plain values); returns the safe and allowed changes as `key: old -> new`.
 
-    Raises `CheckpointError` for a change that is refused, or that changes the trajectory and is not in `allowed`.
+    Raises `CheckpointError` for a change that is refused, whatever `allowed` says, and for one that changes the
+    trajectory and is not in `allowed`.
     """
     before, after = flatten(old), flatten(new)
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     notes, refused, asked = [], [], []
     for key in sorted(changed):
         note = f"{key}: {before.get(key)} -> {after.get(key)}"
-        if _under(key, SAFE) or _under(key, allowed):
-            notes.append(note)
-        elif _under(key, REFUSED) and not _under(key, BUT_NOT_REFUSED):
+        if _under(key, REFUSED) and not _under(key, BUT_NOT_REFUSED):
             refused.append(note)
+        elif _under(key, SAFE) or _under(key, allowed):
+            notes.append(note)
         else:
             asked.append(note)
     if refused:

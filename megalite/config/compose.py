@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from megalite.config.schema import TrainConfig
 from megalite.errors import ConfigError
 
 T = TypeVar("T")
-CONF = "pkg://megalite.conf"
+CONF_MODULE = "megalite.conf"
+EXPERIMENT = "experiment"  # the conf group whose files change keys of all others
 
 # Keys that do not change what is computed, left out of the digest that names a run: the same command, stopped earlier
 # or logged elsewhere, continues the same run.
@@ -27,24 +29,40 @@ def compose_config(primary: str, cls: type[T], overrides: Sequence[str]) -> T:
     """Compose `conf/<primary>.yaml` with `key=value` overrides and load it into the dataclass `cls`.
 
     Raises `ConfigError` for an unknown key or choice, a wrong type, a missing required value, or an override that adds
-    (`+key`) or deletes (`~key`).
+    (`+key`) or deletes (`~key`). Text is taken as it stands: `prompt=${x}` is those four characters.
     """
-    values, _ = _compose(primary, cls, overrides)
-    return load_config(cls, values)
+    composed, _ = _compose(primary, cls, overrides, literal=True)
+    return load_config(cls, _plain(composed))
 
 
 def compose_train(overrides: Sequence[str]) -> TrainConfig:
-    """Compose `conf/train.yaml`; `run_name` and `run_dir` are filled in when the user gave none.
+    """Compose `conf/train.yaml`, where values may refer to others (`${seed}`); fill in `run_name` when it is null.
 
     The name is that of the experiment, or else a digest of the configuration, so that the same command finds the same
     directory again and continues.
     """
-    values, choices = _compose("train", TrainConfig, overrides)
-    if values.get("run_name") is None:
-        values["run_name"] = choices.get("experiment") or f"run-{config_digest(values, NOT_IN_RUN_NAME)[:8]}"
-    if values.get("run_dir") is None:
-        values["run_dir"] = f"outputs/{values['run_name']}"
-    return load_config(TrainConfig, values)
+    composed, choices = _compose("train", TrainConfig, overrides, literal=False)
+    if _unresolved(composed)["run_name"] is None:
+        unnamed = config_values(load_config(TrainConfig, _plain(composed) | {"run_name": ""}))
+        composed.run_name = choices.get("experiment") or f"run-{config_digest(unnamed, NOT_IN_RUN_NAME)[:8]}"
+    return load_config(TrainConfig, _plain(composed))
+
+
+def default_values(primary: str, cls: type) -> dict[str, Any]:
+    """What `conf/<primary>.yaml` says without overrides, dotted keys, references unresolved."""
+    composed, _ = _compose(primary, cls, (), literal=False)
+    return flatten(_unresolved(composed))
+
+
+def group_choices(cls: type) -> dict[str, list[str]]:
+    """The conf groups of a command and their options, such as `model: [gpt2_124m, ...]`."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONF_MODULE, version_base="1.3"):
+        options = {name: _group_options(cls, name) for name in _keys(cls, top=True)}
+    return {name: choices for name, choices in options.items() if choices}
 
 
 def config_digest(values: Mapping[str, Any], without: Sequence[str] = ()) -> str:
@@ -72,11 +90,16 @@ def config_values(config: Any) -> dict[str, Any]:
     return values
 
 
+def config_yaml(config: Any) -> str:
+    """A configuration dataclass as YAML, keys in the schema's order."""
+    return yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the frozen configuration as YAML, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    temporary.write_text(config_yaml(config), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -91,8 +114,8 @@ def read_config(path: Path) -> TrainConfig:
     return load_config(TrainConfig, values)
 
 
-def _compose(primary: str, cls: type, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The composed values and the chosen option of every group."""
+def _compose(primary: str, cls: type, overrides: Sequence[str], literal: bool) -> tuple[Any, dict[str, Any]]:
+    """The composed OmegaConf tree, references unresolved, and the chosen option of every group."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -101,40 +124,75 @@ def _compose(primary: str, cls: type, overrides: Sequence[str]) -> tuple[dict[st
 
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module(CONF.removeprefix("pkg://"), version_base="1.3"):
-            checked = [_checked_override(cls, override) for override in _parse(cls, overrides)]
+        with initialize_config_module(CONF_MODULE, version_base="1.3"):
+            checked = [_checked_override(cls, _parse(cls, override, literal)) for override in overrides]
             composed = compose(primary, overrides=checked, return_hydra_config=True)
             choices = dict(composed.hydra.runtime.choices)
-            OmegaConf.set_struct(composed, False)
-            del composed["hydra"]
-            values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    return typing.cast(dict[str, Any], values), choices
+    OmegaConf.set_struct(composed, False)
+    del composed["hydra"]
+    return composed, choices
 
 
-def _parse(cls: type, overrides: Sequence[str]) -> list[Any]:
+def _unresolved(composed: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return typing.cast(dict[str, Any], OmegaConf.to_container(composed))
+
+
+def _plain(composed: Any) -> dict[str, Any]:
+    """The tree as plain values, references (`${key}`) resolved."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]} (${{...}} stands for another key's value)") from None
+
+
+def _parse(cls: type, override: str, literal: bool) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
-    for override in overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise ConfigError(f"{override!r} is not of the form key=value")
-    return OverridesParser.create().parse_overrides([_quoted(cls, override) for override in overrides])
+    if "=" not in override and not override.startswith("~"):
+        raise ConfigError(f"{override!r} is not of the form key=value")
+    try:
+        return OverridesParser.create().parse_override(_quoted(cls, override, literal))
+    except HydraException:
+        raise ConfigError(
+            f"{override} cannot be read as key=value; a list is written key=[a,b], a group key={{a:1,b:2}}, and text "
+            "with special characters in quotes inside the shell's: key='\"a (b)\"'"
+        ) from None
 
 
-def _quoted(cls: type, override: str) -> str:
+def _quoted(cls: type, override: str, literal: bool) -> str:
     """Text values in quotes, so that `prompt=To be, or not: {x}` is text and not Hydra's grammar."""
     key, _, value = override.partition("=")
     try:
         hint = _key_hint(cls, key)
     except ConfigError:
         return override  # said with more context by the checks that follow
-    is_text = hint is str or str in typing.get_args(hint)
-    if not is_text or value in ("", "null") or value[0] in "'\"":
+    if not _takes_text(hint, value) or value in ("", "null"):
+        return override
+    if len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]:
         return override
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    if literal:
+        escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", escaped)
     trailing = len(value) - len(value.rstrip("\\"))
     return f"{key}='{escaped}{chr(92) * trailing}'"
+
+
+def _takes_text(hint: Any, value: str) -> bool:
+    """Whether `value` is meant as one text: the key holds text, or a list of texts or paths, given as one item."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        is_text = args[0] is str or "path" in getattr(args[0], "__dataclass_fields__", ())
+        return is_text and value[:1] not in ("[", "{") and "," not in value
+    return hint is str or (origin in (typing.Union, types.UnionType) and str in args)
 
 
 def _checked_override(cls: type, override: Any) -> str:
@@ -144,27 +202,36 @@ def _checked_override(cls: type, override: Any) -> str:
     """
     from hydra.core.override_parser.types import OverrideType
 
+    key, line = override.key_or_group, str(override.input_line)
     if override.type != OverrideType.CHANGE:
-        raise ConfigError(
-            f"{override.input_line}: keys can be changed with key=value, neither added (+) nor deleted (~)"
-        )
+        raise ConfigError(f"{line}: keys can be changed with key=value, neither added (+) nor deleted (~)")
+    if override.package is not None:
+        raise ConfigError(f"{line}: the group {key} has one place; give {key}=...")
     if override.is_sweep_override():
-        raise ConfigError(f"{override.input_line}: several values at once are for sweeps; give one")
-    key = override.key_or_group
-    options = _group_options(key)
-    if options and isinstance(override.value(), str):
-        check_choice(key, override.value(), options)
-        return str(override.input_line)
+        is_list = typing.get_origin(_key_hint(cls, key)) is tuple
+        fix = f"a list is written {key}=[{line.partition('=')[2]}]" if is_list else "give one"
+        raise ConfigError(f"{line}: several values at once are for sweeps; {fix}")
+    options, value = _group_options(cls, key), override.value()
+    if options and not isinstance(value, dict):
+        check_choice(key, value, options)
+        return line
     _key_hint(cls, key)
-    return f"++{override.input_line}"
+    return f"++{line}"
 
 
-def _group_options(name: str) -> list[str]:
-    """The options of a conf group, or nothing when `name` is no group."""
+def _group_options(cls: type, name: str) -> list[str]:
+    """The options of a conf group of this command, or nothing when `name` is no group. Inside Hydra's context only."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.object_type import ObjectType
 
-    return GlobalHydra.instance().config_loader().get_group_options(name, ObjectType.CONFIG) if "." not in name else []
+    if name not in _keys(cls, top=True):
+        return []
+    return GlobalHydra.instance().config_loader().get_group_options(name, ObjectType.CONFIG)
+
+
+def _keys(cls: type, top: bool) -> list[str]:
+    """The keys that may stand before `=`: the fields, and at the top of a training the experiment."""
+    return [*typing.get_type_hints(cls), *([EXPERIMENT] if top and cls is TrainConfig else [])]
 
 
 def _key_hint(cls: type, key: str) -> Any:
@@ -180,9 +247,10 @@ def _key_hint(cls: type, key: str) -> Any:
             if typing.get_origin(hint) is dict:
                 return Any
             raise ConfigError(f"unknown key {key}: {walked} holds a value, not a group of keys")
-        hints = typing.get_type_hints(nested)
+        top = not walked
         walked = f"{walked}.{name}" if walked else name
+        hints = typing.get_type_hints(nested)
         if name not in hints:
-            raise ConfigError(unknown_key_message(walked, name, list(hints)))
+            raise ConfigError(unknown_key_message(walked, name, _keys(typing.cast(type, nested), top)))
         hint = hints[name]
     return hint

@@ -1,4 +1,4 @@
-"""Plain nested values -> frozen dataclasses, strictly: an unknown key, wrong type or bad choice is one `ConfigError`."""
+"""Plain nested values -> frozen dataclasses, strictly: unknown keys, wrong types and bad choices are `ConfigError`s."""
 
 import dataclasses
 import difflib

@@ -22,7 +22,7 @@ class Place:
 def place_from_environment(environment: Mapping[str, str] | None = None) -> Place:
     """The place that torchrun or the deepspeed launcher gave this process; a world of one without a launcher.
 
-    Raises `ConfigError` when only some of the variables are set.
+    Raises `ConfigError` when only some of the variables are set, or one is no number.
     """
     environment = os.environ if environment is None else environment
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -32,10 +32,17 @@ def place_from_environment(environment: Mapping[str, str] | None = None) -> Plac
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(f"the environment sets {', '.join(found)} but not {', '.join(missing)}: a launcher sets all")
-    rank, local_rank, world_size = (int(environment[name]) for name in names)
+    rank, local_rank, world_size = (_number(environment, name) for name in names)
     # The deepspeed launcher does not tell; on one machine, which is where it matters (CPU threads), all are local.
-    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
+    local_world_size = _number(environment, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else world_size
     return Place(rank, local_rank, world_size, local_world_size, "env://")
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise ConfigError(f"{name}={environment[name]!r} in the environment is not a whole number") from None
 
 
 def count_gpus(environment: Mapping[str, str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The configuration as frozen dataclasses: one class for each group in `conf/`.
 
-These classes are what the program reads, with the defaults; `conf/*.yaml` is what the user edits, and `loader.py` checks
+These classes are what the program reads, with the defaults; `conf/*.yaml` is what the user edits; `loader.py` checks
 the second against the first. Choices are `Literal`s; a test holds them equal to the tables of the `build_*` functions.
 """
 
@@ -151,7 +151,7 @@ class DataConfig:
 
     train: tuple[StoreConfig, ...]
     validation: tuple[StoreConfig, ...] = ()
-    sequence_length: int = 1024  # tokens
+    sequence_length: int = 1024  # tokens; conf/train.yaml refers to the model's longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +212,7 @@ class TrainConfig:
 
 
 TokenizerType = Literal["sp_bpe", "sp_unigram"]
+Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +221,11 @@ class TokenizerConfig:
 
     type: TokenizerType = "sp_bpe"
     vocab_size: int = 8192
-    character_coverage: float = 0.9995  # share of characters that get pieces; the rest is spelled in bytes
+    character_coverage: float = 0.98  # share of characters that get pieces; the rest is spelled in bytes
     byte_fallback: bool = True
-    language_balance: float = 0.0  # 0: text as it comes .. 1: every language gets the same share of the sample
+    language_balance: float = 0.0  # 0: text as it comes .. 1: every reader.language_column gets the same share
     sample_bytes: int = 100_000_000  # at most so much text is looked at
-    num_threads: int = 2
+    num_threads: int = 2  # stored in the model file: the same number gives the same bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,19 +238,19 @@ class ReaderConfig:
     id_column: str | None = None  # None: file name and position
     source_column: str | None = None  # None: every document belongs to the source `source`
     language_column: str | None = None  # None: one language
-    split_column: str | None = None  # None: split by `validation_fraction`
+    split_column: str | None = None  # says train or validation; None: split by `validation_fraction`
     source: str | None = None  # None: the first input's name without endings
-    on_bad: Literal["skip", "stop"] = "stop"  # invalid UTF-8, missing text, broken line
+    on_bad: Literal["skip", "stop"] = "stop"  # invalid UTF-8, missing text, broken line; skip: count and log
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainConfig:
     """`megalite tokenizer train`."""
 
-    input: tuple[str, ...]
-    output: str
-    split: str | None = None  # with reader.split_column: only documents of this split are seen
-    overwrite: bool = False
+    input: tuple[str, ...]  # files, folders or globs; one or a list
+    output: str  # a folder that does not exist yet
+    split: Split | None = None  # with reader.split_column: only documents of this split are seen
+    overwrite: bool = False  # replace an output of this command
     tokenizer: TokenizerConfig
     reader: ReaderConfig
 
@@ -258,22 +259,22 @@ class TokenizerTrainConfig:
 class StoreTokenizerConfig:
     """The tokenizer that encodes a store."""
 
-    path: str
+    path: str  # a folder of `megalite tokenizer train`, a SentencePiece .model, a tokenizer.json, or GPT-2's folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataBuildConfig:
     """`megalite data build`."""
 
-    input: tuple[str, ...]
-    output: str
+    input: tuple[str, ...]  # files, folders or globs; one or a list
+    output: str  # a folder that does not exist yet; stores go to {train,validation}/<source>/ in it
     tokenizer: StoreTokenizerConfig
     reader: ReaderConfig
     validation_fraction: float = 0.01  # of the documents, chosen by a hash of the seed and their id
     seed: int = 1234
     workers: int | None = None  # None: the number of CPU cores
     shard_tokens: int = 500_000_000  # tokens a shard holds at most (a document is never cut)
-    overwrite: bool = False
+    overwrite: bool = False  # replace an output of this command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +306,7 @@ class GenerateConfig:
 class ReportConfig:
     """`megalite report`."""
 
-    run_dir: str
+    run_dir: str  # of a training run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,39 +1,63 @@
-"""Every rule that ties one key to another, as pure functions of the configuration and the world size."""
+"""Every rule that the keys of a training must keep: pure functions of configuration, world size and kind of device."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from megalite.config.schema import DataBuildConfig, GenerateConfig, ModelConfig, TokenizerTrainConfig, TrainConfig
+from megalite.config.schema import EngineConfig, ModelConfig, Precision, TrainConfig
 from megalite.errors import ConfigError
 
 # The vocabulary is padded to this multiple whatever the tensor-parallel size, so the padded shape never depends on it.
 VOCAB_MULTIPLE = 128
 
-# Keys of a DeepSpeed configuration that engine.ds_overrides may hold. DeepSpeed accepts unknown top-level keys without
-# a word, so the list is closed; what MegaLite derives itself (batch sizes, optimizer, clipping) is not on it.
-DS_OVERRIDE_KEYS = (
-    "aio",
-    "bf16",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "memory_breakdown",
-    "wall_clock_breakdown",
-    "zero_optimization",
-)
-DS_OVERRIDE_REFUSED = {"fp16": ("enabled",), "bf16": ("enabled",), "zero_optimization": ("stage",)}
+# Keys of a DeepSpeed configuration that engine.ds_overrides may hold: None for one value, () for a section whose keys
+# DeepSpeed checks itself, else the section's keys. DeepSpeed accepts unknown keys elsewhere without a word, so the list
+# is closed; what MegaLite derives itself (batch sizes, optimizer, clipping) is not on it.
+DS_OVERRIDES: dict[str, tuple[str, ...] | None] = {
+    "bf16": (),
+    "comms_logger": (),
+    "communication_data_type": None,
+    "data_types": ("grad_accum_dtype",),
+    "dump_state": None,
+    "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
+                       "output_file"),
+    "fp16": (),
+    "memory_breakdown": None,
+    "wall_clock_breakdown": None,
+    "zero_optimization": (),
+}  # fmt: skip
+# Section -> key of it -> the key of ours that it would contradict.
+DS_DERIVED = {
+    "bf16": {"enabled": "engine.precision"},
+    "fp16": {"enabled": "engine.precision"},
+    "zero_optimization": {
+        "stage": "engine.zero_stage",
+        "offload_optimizer": "engine.offload",
+        "offload_param": "engine.offload",
+    },
+}
 
 
-def validate_train(config: TrainConfig, world_size: int) -> None:
-    """Raise one `ConfigError` with a line for every rule that `config` breaks at `world_size` processes."""
+def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu") -> None:
+    """Raise one `ConfigError` with a line for every rule that `config` breaks at `world_size` processes.
+
+    `device_type` is what the ranks will run on, `cpu` or `cuda`: it decides what `engine.precision=auto` means.
+    """
+    precision = resolve_precision(config.engine, device_type)
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
     rules = (_model_rules, _trainer_rules, _parallel_rules, _engine_rules, _optimizer_rules, _data_rules, _run_rules)
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def resolve_precision(engine: EngineConfig, device_type: str) -> Precision:
+    """`auto` as fp32 on a CPU and bf16 on anything else."""
+    if engine.precision != "auto":
+        return engine.precision
+    return "fp32" if device_type == "cpu" else "bf16"
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -43,22 +67,21 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 def _model_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     model = config.model
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size",
-                "max_sequence_length"):  # fmt: skip
-        if getattr(model, key) < 1:
-            yield f"model.{key}: found {getattr(model, key)}, must be at least 1"
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_size",
+                "ffn_hidden_size", "max_sequence_length", "vocab_size"):  # fmt: skip
+        value = getattr(model, key)
+        if value is not None and value < 1:
+            yield f"model.{key}: found {value}, must be at least 1"
             return
     yield from _head_rules(model)
     if model.positions == "sinusoidal" and model.hidden_size % 2:
         yield f"model.hidden_size: found {model.hidden_size}, sinusoidal positions need an even number"
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: found {model.dropout}, must be at least 0 and below 1"
-    if model.vocab_size is not None and model.vocab_size < 1:
-        yield f"model.vocab_size: found {model.vocab_size}, must be at least 1"
-    if model.init_std <= 0 or model.norm_eps <= 0:
-        yield f"model.init_std and model.norm_eps must be above 0, found {model.init_std} and {model.norm_eps}"
-    if model.positions != "rotary" and model.rotary_scaling is not None:
-        yield f"model.rotary_scaling: has no effect with model.positions={model.positions}; set it to null"
+    for key in ("init_std", "norm_eps", "rotary_base"):
+        if not _is_positive(getattr(model, key)):
+            yield f"model.{key}: found {getattr(model, key)}, must be above 0"
+    yield from _rotary_scaling_rules(model)
 
 
 def _head_rules(model: ModelConfig) -> Iterator[str]:
@@ -77,6 +100,26 @@ def _head_rules(model: ModelConfig) -> Iterator[str]:
         yield f"model.head_size: found {model.head_dim}, rotary positions need an even number"
 
 
+def _rotary_scaling_rules(model: ModelConfig) -> Iterator[str]:
+    scaling = model.rotary_scaling
+    if scaling is None:
+        return
+    if model.positions != "rotary":
+        yield f"model.rotary_scaling: has no effect with model.positions={model.positions}; set it to null"
+    if not _is_positive(scaling.factor):
+        yield f"model.rotary_scaling.factor: found {scaling.factor}, must be above 0"
+    if not 0 < scaling.low_frequency_factor < scaling.high_frequency_factor < math.inf:
+        yield (
+            f"model.rotary_scaling.low_frequency_factor: found {scaling.low_frequency_factor}, must lie between 0 and "
+            f"model.rotary_scaling.high_frequency_factor={scaling.high_frequency_factor}"
+        )
+    if scaling.original_max_sequence_length < 1:
+        yield (
+            "model.rotary_scaling.original_max_sequence_length: found "
+            f"{scaling.original_max_sequence_length}, must be at least 1"
+        )
+
+
 def _trainer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     trainer = config.trainer
     for key in ("steps", "global_batch_size", "micro_batch_size", "log_every", "max_skipped_steps"):
@@ -85,6 +128,8 @@ def _trainer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
             return
     if trainer.eval_every < 0:
         yield f"trainer.eval_every: found {trainer.eval_every}, must be 0 (only at the end) or more"
+    if trainer.eval_every > 0 and not config.data.validation:
+        yield f"trainer.eval_every: found {trainer.eval_every}, but data.validation names no store to evaluate on"
     if trainer.stop_after is not None and not 1 <= trainer.stop_after <= trainer.steps:
         yield f"trainer.stop_after: found {trainer.stop_after}, must lie between 1 and trainer.steps={trainer.steps}"
     data_size, rest = divmod(world_size, max(config.parallel.tensor, 1))
@@ -111,11 +156,11 @@ def _parallel_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
             f"parallel.tensor: found {tensor}, must divide the number of processes, which is {world_size}; allowed: "
             f"{_divisors(world_size)}; or start another number with launch.nproc_per_node (or your launcher's option)"
         )
-    split = {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.num_kv_heads,
+    split = {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.num_key_value_heads,
              "ffn_hidden_size": model.ffn_size}  # fmt: skip
     for key, size in split.items():
-        if size % tensor:
-            yield (f"parallel.tensor: found {tensor}, must divide model.{key}={size}; allowed: {_divisors(size)}")
+        if size is not None and size % tensor:
+            yield f"parallel.tensor: found {tensor}, must divide model.{key}={size}; allowed: {_divisors(size)}"
     if model.vocab_size is not None and padded_vocab_size(model.vocab_size) % tensor:
         padded = padded_vocab_size(model.vocab_size)
         yield f"parallel.tensor: found {tensor}, must divide the padded vocabulary of {padded} rows"
@@ -128,7 +173,7 @@ def _engine_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
             f"engine.precision: found {engine.precision} with engine.zero_stage=0, where DeepSpeed's half-precision "
             "wrapper drifts and reports wrong gradient norms; allowed: engine.precision=fp32, or engine.zero_stage=1"
         )
-    if engine.grad_clip < 0:
+    if not 0 <= engine.grad_clip < math.inf:
         yield f"engine.grad_clip: found {engine.grad_clip}, must be 0 (off) or more"
     if engine.compile and engine.zero_stage == 3:
         yield "engine.compile: true does not go with engine.zero_stage=3, whose hooks break the graph; allowed: 0, 1, 2"
@@ -137,22 +182,36 @@ def _engine_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     if engine.offload == "parameters" and engine.zero_stage != 3:
         yield f"engine.offload: parameters needs engine.zero_stage=3, found {engine.zero_stage}"
     for key, value in engine.ds_overrides.items():
-        if key not in DS_OVERRIDE_KEYS:
-            yield f"engine.ds_overrides: unknown or derived key {key}; allowed: {', '.join(DS_OVERRIDE_KEYS)}"
-        for inner in DS_OVERRIDE_REFUSED.get(key, ()):
-            if isinstance(value, dict) and inner in value:
-                yield f"engine.ds_overrides.{key}.{inner}: is derived from engine.precision and engine.zero_stage"
+        yield from _ds_override_rules(key, value)
+
+
+def _ds_override_rules(key: str, value: Any) -> Iterator[str]:
+    name = f"engine.ds_overrides.{key}"
+    if key not in DS_OVERRIDES:
+        yield f"{name}: unknown to MegaLite, or derived by it; allowed: {', '.join(DS_OVERRIDES)}"
+        return
+    section = DS_OVERRIDES[key]
+    if section is None:
+        return
+    if not isinstance(value, dict):
+        yield f"{name}: found {value!r}, must be a group of keys, such as {name}.KEY=VALUE"
+        return
+    for inner in value:
+        if inner in DS_DERIVED.get(key, ()):
+            yield f"{name}.{inner}: is derived from {DS_DERIVED[key][inner]}; set that"
+        elif section and inner not in section:
+            yield f"{name}.{inner}: unknown; allowed: {', '.join(section)}"
 
 
 def _optimizer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     optimizer, schedule = config.optimizer, config.schedule
-    if not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):
+    if not _is_positive(optimizer.lr):
         yield f"optimizer.lr: found {optimizer.lr}, must be above 0"
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"optimizer.betas: found {list(optimizer.betas)}, both must be at least 0 and below 1"
-    if not optimizer.eps > 0:
+    if not _is_positive(optimizer.eps):
         yield f"optimizer.eps: found {optimizer.eps}, must be above 0"
-    if not optimizer.weight_decay >= 0:
+    if not 0 <= optimizer.weight_decay < math.inf:
         yield f"optimizer.weight_decay: found {optimizer.weight_decay}, must be 0 or more"
     if not 0 <= schedule.warmup_steps <= config.trainer.steps:
         yield (
@@ -169,9 +228,12 @@ def _data_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     data, model = config.data, config.model
     if not data.train:
         yield "data.train: the list is empty, name at least one token store"
-    for i, store in enumerate(data.train):
-        if not (store.weight > 0 and math.isfinite(store.weight)):
-            yield f"data.train[{i}].weight: found {store.weight}, must be above 0"
+    for key, stores in (("train", data.train), ("validation", data.validation)):
+        for i, store in enumerate(stores):
+            if not store.path:
+                yield f"data.{key}[{i}].path: is empty, name a token store"
+            if not _is_positive(store.weight):
+                yield f"data.{key}[{i}].weight: found {store.weight}, must be above 0"
     sources = [store.source for store in data.validation]
     for source in sorted({source for source in sources if sources.count(source) > 1}):
         yield f"data.validation: two stores are reported as {source!r}; give one of them another name"
@@ -187,53 +249,41 @@ def _data_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
 def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     if not re.fullmatch(r"[\w.,=+-]{1,200}", config.run_name) or config.run_name.startswith("."):
         yield f"run_name: found {config.run_name!r}, allowed: letters, digits and _ . , = + - (at most 200)"
-    if config.seed < 0:
-        yield f"seed: found {config.seed}, must be 0 or more"
+    if not config.run_dir:
+        yield "run_dir: is empty, name a directory"
+    if not 0 <= config.seed < 2**63:
+        yield f"seed: found {config.seed}, must be 0 or more and below 2^63"
     if config.checkpoint.keep < 1:
         yield f"checkpoint.keep: found {config.checkpoint.keep}, must be at least 1"
     if config.checkpoint.save_every < 0:
         yield f"checkpoint.save_every: found {config.checkpoint.save_every}, must be 0 (only at the end) or more"
+    if not config.checkpoint.resume:
+        yield "checkpoint.resume: is empty, allowed: auto, never, or a checkpoint's path"
+    for key in config.checkpoint.allow_changes:
+        if not _has_key(config, key):
+            yield f"checkpoint.allow_changes: there is no key {key!r}"
     nproc = config.launch.nproc_per_node
     if nproc is not None and nproc < 1:
         yield f"launch.nproc_per_node: found {nproc}, must be at least 1"
 
 
-def validate_tokenizer_train(config: TokenizerTrainConfig) -> None:
-    """Raise `ConfigError` for settings of `megalite tokenizer train` that cannot work."""
-    tokenizer = config.tokenizer
-    if not config.input:
-        raise ConfigError("input: the list is empty, name at least one file, folder or glob")
-    if not 0 < tokenizer.character_coverage <= 1:
-        raise ConfigError(f"tokenizer.character_coverage: found {tokenizer.character_coverage}, must be in (0, 1]")
-    if not 0 <= tokenizer.language_balance <= 1:
-        raise ConfigError(f"tokenizer.language_balance: found {tokenizer.language_balance}, must be in [0, 1]")
-    for key in ("vocab_size", "sample_bytes", "num_threads"):
-        if getattr(tokenizer, key) < 1:
-            raise ConfigError(f"tokenizer.{key}: found {getattr(tokenizer, key)}, must be at least 1")
+def _is_positive(number: float) -> bool:
+    """Above 0, and neither inf nor nan."""
+    return 0 < number < math.inf
 
 
-def validate_data_build(config: DataBuildConfig) -> None:
-    """Raise `ConfigError` for settings of `megalite data build` that cannot work."""
-    if not config.input:
-        raise ConfigError("input: the list is empty, name at least one file, folder or glob")
-    if not 0 <= config.validation_fraction < 1:
-        raise ConfigError(f"validation_fraction: found {config.validation_fraction}, must be at least 0 and below 1")
-    if config.workers is not None and config.workers < 1:
-        raise ConfigError(f"workers: found {config.workers}, must be at least 1")
-    if config.shard_tokens < 1:
-        raise ConfigError(f"shard_tokens: found {config.shard_tokens}, must be at least 1")
-
-
-def validate_generate(config: GenerateConfig) -> None:
-    """Raise `ConfigError` for settings of `megalite generate` that cannot work."""
-    if config.temperature < 0:
-        raise ConfigError(f"temperature: found {config.temperature}, must be 0 (the likeliest token) or more")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        raise ConfigError(f"top_p: found {config.top_p}, must be above 0 and at most 1")
-    for key in ("max_new_tokens", "num_samples", "top_k"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}: found {value}, must be at least 1")
+def _has_key(config: Any, key: str) -> bool:
+    """Whether the dotted `key` is one of a configuration; below a mapping or null anything is."""
+    name, _, rest = key.partition(".")
+    if name not in {field.name for field in dataclasses.fields(config)}:
+        return False
+    value = getattr(config, name)
+    return (
+        not rest
+        or value is None
+        or isinstance(value, dict)
+        or (dataclasses.is_dataclass(value) and _has_key(value, rest))
+    )
 
 
 def _divisors(number: int) -> str:

@@ -40,7 +40,7 @@ class Shard:
 
     def slice(self, full: Tensor, rank: int, size: int) -> Tensor:
         """What `rank` of `size` holds of the logical tensor `full`: a contiguous tensor, `full` itself if it is all."""
-        if self.local_shape(size) == tuple(full.shape):
+        if self.local_shape(size) == self.shape == tuple(full.shape):
             return full.contiguous()
         local = full.new_zeros(self.local_shape(size))
         self.slice_into(local, full, rank, size)

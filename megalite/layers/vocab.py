@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite import comm
+from megalite.config.validate import VOCAB_MULTIPLE
 from megalite.layers.shard import Init, Shard, make_parameter
 from megalite.mesh import Axis
-
-PADDING_MULTIPLE = 128
 
 
 def vocab_shard(vocab_size: int, hidden_size: int) -> Shard:
     """Rows of the vocabulary split over the tensor axis: of the embedding, and of the output head."""
-    return Shard((vocab_size, hidden_size), 0, (vocab_size,), multiple=PADDING_MULTIPLE)
+    return Shard((vocab_size, hidden_size), 0, (vocab_size,), multiple=VOCAB_MULTIPLE)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -5,6 +5,7 @@ from megalite.mesh import Mesh
 from megalite.models.counts import count_parameters, flops_per_token
 from megalite.models.decoder import Decoder
 from megalite.models.materialize import (
+    allocate,
     init_parameter,
     iter_parameter_slots,
     materialize,
@@ -14,6 +15,7 @@ from megalite.models.materialize import (
 __all__ = [
     "ARCHITECTURES",
     "Decoder",
+    "allocate",
     "build_model",
     "count_parameters",
     "flops_per_token",

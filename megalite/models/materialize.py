@@ -57,6 +57,13 @@ def materialize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype = to
         replace_parameter(module, attribute, local.to(mesh.device, dtype))
 
 
+def allocate(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Give every parameter storage on the mesh's device, zeros for now: an engine fills in the weights itself."""
+    for _, module, attribute in iter_parameter_slots(model):
+        shape = getattr(module, attribute).shape
+        replace_parameter(module, attribute, torch.zeros(shape, dtype=dtype, device=mesh.device))
+
+
 def _scratch(shape: tuple[int, ...]) -> Tensor:
     """An fp32 tensor in pages of its own, which go back to the system when it is dropped.
 

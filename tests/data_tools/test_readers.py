@@ -215,11 +215,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, "flip"])
-@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    [*((ending, damage) for ending in ("jsonl.gz", "jsonl.zst", "parquet") for damage in DAMAGES), ("parquet", "flip")],
+)
 def test_damaged_file_stops_or_is_counted(tmp_path, ending, damage):
-    if (ending, damage) == ("jsonl.zst", "flip"):
-        pytest.skip("expected: zstandard.compress writes no checksum, so a flipped bit can be valid data")
     (tmp_path / "in").mkdir()
     path = tmp_path / f"in/b.{ending}"
     data = good_bytes(ending, tmp_path)
@@ -267,7 +267,7 @@ def test_missing_column_is_always_an_error(tmp_path, ending, on_bad):
 @pytest.mark.parametrize("column", [[1, 2], [["a"]], [b"raw"], [{"a": "b"}]])
 def test_column_of_an_unfit_type_is_always_an_error(tmp_path, column, on_bad):
     path = write_parquet(tmp_path / "x.parquet", {"text": column})
-    with pytest.raises(DataError, match="column 'text' has type .*, expected strings"):
+    with pytest.raises(DataError, match=r"column 'text' has type .*, expected strings"):
         read(path, ReaderConfig(on_bad=on_bad))
 
 
@@ -278,7 +278,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(DataError, match="unreadable file.*Permission denied"):
+    with pytest.raises(DataError, match=r"unreadable file.*Permission denied"):
         read(path, STOP)
     assert read(path, SKIP)[1].skipped == {"damaged or unreadable file": 1}
 

@@ -1,0 +1,102 @@
+"""The rules of the commands besides training; `validate.py` has those of training."""
+
+import math
+from collections.abc import Iterator
+from typing import get_args
+
+from megalite.config.schema import (
+    DataBuildConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    Split,
+    TokenizerTrainConfig,
+)
+from megalite.errors import ConfigError
+
+
+def validate_tokenizer_train(config: TokenizerTrainConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite tokenizer train` that cannot work."""
+    _raise(_tokenizer_train_rules(config))
+
+
+def validate_data_build(config: DataBuildConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite data build` that cannot work."""
+    _raise(_data_build_rules(config))
+
+
+def validate_evaluate(config: EvaluateConfig) -> None:
+    """Raise `ConfigError` for a setting of `megalite eval` that cannot work."""
+    _raise(_at_least("", config, "micro_batch_size"))
+
+
+def validate_generate(config: GenerateConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite generate` that cannot work."""
+    _raise(_generate_rules(config))
+
+
+def validate_doctor(config: DoctorConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite doctor` that cannot work."""
+    _raise(_doctor_rules(config))
+
+
+def _tokenizer_train_rules(config: TokenizerTrainConfig) -> Iterator[str]:
+    tokenizer, reader = config.tokenizer, config.reader
+    yield from _input_rules(config.input, config.output)
+    yield from _at_least("tokenizer.", tokenizer, "vocab_size", "sample_bytes")
+    if not 0 < tokenizer.character_coverage <= 1:
+        yield f"tokenizer.character_coverage: found {tokenizer.character_coverage}, allowed: above 0 and at most 1"
+    if not 0 <= tokenizer.language_balance <= 1:
+        yield f"tokenizer.language_balance: found {tokenizer.language_balance}, allowed: 0 to 1"
+    if not 1 <= tokenizer.num_threads <= 128:
+        yield f"tokenizer.num_threads: found {tokenizer.num_threads}, allowed: 1 to 128"
+    if config.split is not None and config.split not in get_args(Split):
+        yield f"split: found {config.split!r}, allowed: {', '.join(get_args(Split))}, or null for all documents"
+    if config.split is not None and reader.split_column is None:
+        yield f"split={config.split} needs reader.split_column, the column that tells it"
+    if tokenizer.language_balance > 0 and reader.language_column is None:
+        yield "tokenizer.language_balance needs reader.language_column, the column that tells the language"
+
+
+def _data_build_rules(config: DataBuildConfig) -> Iterator[str]:
+    yield from _input_rules(config.input, config.output)
+    if not 0 <= config.validation_fraction < 1:
+        yield f"validation_fraction: found {config.validation_fraction}, allowed: 0 or more and below 1"
+    yield from _at_least("", config, "workers", "shard_tokens")
+
+
+def _input_rules(inputs: tuple[str, ...], output: str) -> Iterator[str]:
+    if not inputs or not all(inputs):
+        yield f"input: found {list(inputs)}, name at least one file, folder or glob"
+    if not output:
+        yield "output: is empty, name a folder"
+
+
+def _generate_rules(config: GenerateConfig) -> Iterator[str]:
+    if not 0 <= config.temperature < math.inf:
+        yield f"temperature: found {config.temperature}, allowed: 0 (always the likeliest token) or more"
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        yield f"top_p: found {config.top_p}, allowed: above 0 and at most 1"
+    yield from _at_least("", config, "max_new_tokens", "num_samples", "top_k")
+    if not 0 <= config.seed < 2**63:
+        yield f"seed: found {config.seed}, allowed: 0 or more and below 2^63"
+
+
+def _doctor_rules(config: DoctorConfig) -> Iterator[str]:
+    if not 1 <= config.port <= 65535:
+        yield f"port: found {config.port}, allowed: 1 to 65535"
+    if not 0 <= config.min_free_gib < math.inf:
+        yield f"min_free_gib: found {config.min_free_gib}, allowed: 0 or more"
+
+
+def _at_least(prefix: str, config: object, *names: str) -> Iterator[str]:
+    """Whole numbers that must be 1 or more, or null where the schema allows it."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            yield f"{prefix}{name}: found {value}, allowed: 1 or more"
+
+
+def _raise(problems: Iterator[str]) -> None:
+    if found := list(problems):
+        raise ConfigError("\n".join(found))

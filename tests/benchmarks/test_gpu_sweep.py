@@ -1,0 +1,218 @@
+"""The sweep on a CPU with tiny models: the command as a GPU machine runs it, and each part with a fault planted."""
+
+import json
+import math
+import os
+import signal
+import time
+
+import deepspeed  # noqa: F401 (slow: imported once, before parts are forked)
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import gpu_sweep
+from benchmarks.gpu import parity, syncs, training
+from benchmarks.gpu.isolate import run_isolated
+from megalite.engine import Engine
+
+CPU = torch.device("cpu")
+TINY = ["--device", "cpu", "--tiny", "--steps", "2", "--micro-batches", "2", "4", "--compile", "off"]
+
+
+def rows_of(function, *arguments):
+    rows = []
+    function(rows.append, *arguments)
+    return rows
+
+
+def test_the_whole_command(tmp_path, capsys):
+    output = tmp_path / "sweep.json"
+    assert gpu_sweep.main([*TINY, "--models", "gpt2_124m", "gpt3_1_3b", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    by_part = {part: [row for row in report["rows"] if row["part"] == part] for part in gpu_sweep.PARTS}
+    assert {row["status"] for row in report["rows"]} == {"ok"}
+    assert by_part["facts"][0]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert len(by_part["layers"]) == 14
+    assert len(by_part["decoder"]) == 8
+    for row in by_part["layers"] + by_part["decoder"]:
+        for name, error in row["errors"].items():
+            # On the reference's own device and in its precision there is nothing to differ, elsewhere there is.
+            assert error == 0.0 or "float64" not in (name, *row["case"].split())
+        if row["case"].endswith("bfloat16"):
+            assert all(1e-4 < error < 5e-2 for error in row["errors"].values())
+    assert [row["where"][0]["where"].split("/")[0] for row in by_part["syncs"]] == ["deepspeed"] * 3
+    assert [(row["case"], row["micro_batch_size"]) for row in by_part["train"]] == [
+        ("gpt2_124m (tiny) B=2", 2),
+        ("gpt2_124m (tiny) B=4", 4),
+        ("gpt3_1_3b (tiny) B=2", 2),
+        ("gpt3_1_3b (tiny) B=4", 4),
+    ]
+    for row in by_part["train"]:
+        assert row["tokens_per_second"] * row["step_seconds_median"] == pytest.approx(row["micro_batch_size"] * 32)
+        assert row["loss_first"] == pytest.approx(math.log(500), abs=0.2)
+        assert row["steps"] == 2
+        assert row["mfu"] is None
+    printed = capsys.readouterr().out
+    for text in ("6 N + 12 L h s", "gpt3_1_3b (tiny) B=4", "attention grouped rotary", "the host waits, ZeRO 1", "n/a"):
+        assert text in printed
+
+
+def test_a_failing_part_is_a_row_and_the_rest_runs(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("planted\nsecond line")
+
+    monkeypatch.setattr(parity, "layer_cases", broken)
+    monkeypatch.setattr(gpu_sweep, "ROOT", tmp_path)
+    assert gpu_sweep.main([*TINY, "--parts", "facts", "layers", "train", "--models", "gpt2_124m"]) == 1
+    (file,) = (tmp_path / "benchmarks" / "results").iterdir()
+    report = json.loads(file.read_text())
+    assert file.name == f"gpu_cpu_{report['date'][:10]}.json"
+    assert [(row["part"], row["status"]) for row in report["rows"]] == [
+        ("facts", "ok"),
+        ("layers", "failed"),
+        ("train", "ok"),
+        ("train", "ok"),
+    ]
+    assert report["rows"][1]["error"].startswith("ValueError: planted (test_gpu_sweep.py:")
+
+
+def test_without_a_gpu_the_reason_is_named(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    output = tmp_path / "sweep.json"
+    assert gpu_sweep.main(["--parts", "facts", "--output", str(output)]) == 1
+    assert "--device cpu --tiny" in json.loads(output.read_text())["rows"][0]["error"]
+
+
+def test_nothing_starts_after_the_time_limit(tmp_path):
+    output = tmp_path / "sweep.json"
+    assert gpu_sweep.main([*TINY, "--time-limit", "0", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["part"] for row in rows} == set(gpu_sweep.PARTS)
+    assert {row["status"] for row in rows} == {"skipped"}
+
+
+def test_inside_a_part_too():
+    cell = training.TrainingCell("gpt2_124m", compiled=False, tiny=True)
+    rows = rows_of(training.train, "cpu", cell, [2, 4], 1, time.monotonic() - 1)
+    assert [row["status"] for row in rows] == ["skipped", "skipped"]
+
+
+def test_compile_is_asked_of_the_engine(monkeypatch):
+    asked = []
+    monkeypatch.setattr("megalite.models.decoder.Decoder.compile_blocks", lambda model: asked.append(model))
+    cell = training.TrainingCell("gpt2_124m", compiled=True, tiny=True)
+    (row,) = rows_of(training.train, "cpu", cell, [2], 1, time.monotonic() + 60)
+    assert row["case"] == "gpt2_124m (tiny) compiled B=2"
+    assert row["status"] == "ok"
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("choice", "cells"), [("off", 1), ("on", 1), ("both", 2)])
+def test_compile_chooses_cells(choice, cells):
+    options = gpu_sweep.parse(["--compile", choice, "--models", "llama_1b", "--parts", "train"])
+    found = gpu_sweep.cells(options, 0.0)
+    assert len(found) == cells
+    assert [cell.arguments[1].compiled for cell in found] == {"off": [False], "on": [True], "both": [False, True]}[
+        choice
+    ]
+
+
+def test_micro_batches_stop_growing_when_memory_runs_out(monkeypatch):
+    train_step = training.Run.train_step
+
+    def limited(run, step, micro_batch_size):
+        if micro_batch_size >= 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
+        return train_step(run, step, micro_batch_size)
+
+    monkeypatch.setattr(training.Run, "train_step", limited)
+    cell = training.TrainingCell("gpt2_124m", compiled=False, tiny=True)
+    rows = rows_of(training.train, "cpu", cell, [2, 4, 8], 1, time.monotonic() + 60)
+    assert [row["status"] for row in rows] == ["ok", "oom", "skipped"]
+    assert "Tried to allocate" in rows[1]["error"]
+    assert rows[2]["case"].endswith("B=8")
+
+
+def test_a_run_that_diverges_fails(monkeypatch):
+    monkeypatch.setattr("megalite.engine.Engine._summed_loss", lambda *a: torch.tensor(math.nan, requires_grad=True))
+    cell = training.TrainingCell("gpt2_124m", compiled=False, tiny=True)
+    (row,) = rows_of(training.train, "cpu", cell, [2], 1, time.monotonic() + 60)
+    assert row["status"] == "failed"
+
+
+def test_a_host_read_in_the_step_is_found(monkeypatch):
+    train_step = Engine.train_step
+
+    def reading(engine, micro_batches, step, rate):
+        return train_step(engine, micro_batches, step, rate * float(engine.model.head.norm.weight.detach().sum() > 0))
+
+    monkeypatch.setattr(Engine, "train_step", reading)
+    # Where it is planted lies outside megalite: let its folder count.
+    monkeypatch.setattr(syncs.SyncLog, "_name", lambda log, file: "megalite/planted.py" if file == __file__ else None)
+    (row,) = rows_of(syncs.syncs, "cpu", 1)
+    assert row["status"] == "failed"
+    assert row["syncs_of_megalite"] == 1
+    assert next(place for place in row["where"] if place["where"].startswith("megalite"))["count"] == 1
+
+
+def test_a_layer_that_is_wrong_in_one_precision_is_found(monkeypatch):
+    layer_norm = F.layer_norm
+
+    def careless(x, *arguments):
+        return layer_norm(x, *arguments) * (1.001 if x.dtype == torch.float32 else 1.0)
+
+    case = parity.layer_cases(parity.TINY_SIZES)["layernorm"]
+    good = parity.layer_error(case, parity.TINY_SIZES.V, "float32", CPU)
+    monkeypatch.setattr(F, "layer_norm", careless)
+    bad = parity.layer_error(case, parity.TINY_SIZES.V, "float32", CPU)
+    assert good < parity.LAYER_TOLERANCE["float32"] < bad
+
+
+def test_a_gradient_that_is_missing_or_not_finite_is_infinitely_far():
+    wanted = {"output": torch.ones(2), "gradient of x": torch.ones(2)}
+    assert parity.worst_distance(wanted, wanted) == 0.0
+    assert parity.worst_distance({"output": torch.ones(2)}, wanted) == math.inf
+    assert parity.worst_distance(wanted | {"gradient of x": torch.tensor([1.0, math.nan])}, wanted) == math.inf
+    assert parity.worst_distance(wanted | {"output": torch.tensor([1.0, 2.0])}, wanted) == pytest.approx(2**-0.5)
+
+
+def test_compiled_blocks_are_compared_too():
+    row, *_ = rows_of(parity.decoder, "cpu", True, "llama", True)
+    assert row["case"] == "llama compiled float32"
+    assert row["status"] == "ok"
+    assert 0 < row["errors"]["none"] < 1e-5
+
+
+def test_a_part_that_is_killed_keeps_its_rows():
+    def killed(emit):
+        emit({"case": "a", "status": "ok"})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert run_isolated(killed, 60.0) == [
+        {"case": "a", "status": "ok"},
+        {"status": "failed", "error": "the process died: ended by signal 9"},
+    ]
+
+
+def test_a_part_that_hangs_is_stopped():
+    started = time.monotonic()
+    (row,) = run_isolated(lambda emit: time.sleep(60), 0.5)
+    assert row == {"status": "failed", "error": "stopped after 0 s: the time limit"}
+    assert time.monotonic() - started < 30
+
+
+def test_gpt3_xl_is_the_published_size():
+    config = training.model_config("gpt3_1_3b", tiny=False)
+    h, layers = 2048, 24
+    assert (config.num_layers, config.hidden_size, config.head_dim) == (layers, h, 128)
+    assert training.count_parameters(config) == layers * (12 * h**2 + 13 * h) + (50257 + 2048 + 2) * h
+    assert training.cell_config(training.TrainingCell("gpt3_1_3b", False)).data.sequence_length == 2048
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--micro-batches", "0"], ["--models", "gpt5"]])
+def test_nonsense_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        gpu_sweep.parse(arguments)
+    assert arguments[0] in capsys.readouterr().err

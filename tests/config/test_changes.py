@@ -1,0 +1,90 @@
+import pytest
+
+from megalite.config.changes import REFUSED, SAFE, check_changes
+from megalite.config.compose import flatten
+from megalite.config.schema import TrainConfig
+from megalite.errors import CheckpointError
+from tests.config.keys import leaf_keys
+
+SAVED = {
+    "run_name": "x",
+    "seed": 1,
+    "model": {"num_layers": 2, "dropout": 0.0, "rotary_scaling": None},
+    "trainer": {"steps": 10, "log_every": 1},
+    "parallel": {"tensor": 1},
+    "optimizer": {"lr": 0.1, "betas": [0.9, 0.95]},
+    "data": {"train": [{"path": "a"}], "validation": []},
+    "logging": {"wandb": {"mode": "disabled"}},
+}
+
+
+def changed(key, value):
+    name, _, rest = key.partition(".")
+    return SAVED | {name: SAVED[name] | {rest: value} if rest else value}
+
+
+def test_nothing_changed():
+    assert check_changes(SAVED, SAVED, ()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "note"),
+    [
+        ("parallel.tensor", 2, "parallel.tensor: 1 -> 2"),
+        ("trainer.log_every", 5, "trainer.log_every: 1 -> 5"),
+        ("logging", {"wandb": {"mode": "offline"}}, "logging.wandb.mode: disabled -> offline"),
+        ("data.validation", [{"path": "v"}], "data.validation: [] -> [{'path': 'v'}]"),
+    ],
+)
+def test_safe_changes_are_noted(key, value, note):
+    assert check_changes(SAVED, changed(key, value), ()) == [note]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("seed", 2), ("trainer.steps", 20), ("optimizer.lr", 0.2), ("optimizer.betas", [0.9, 0.99])),
+        *(("model.dropout", 0.1), ("data.train", [{"path": "b"}])),
+    ],
+)
+def test_what_changes_the_trajectory_must_be_asked_for(key, value):
+    with pytest.raises(CheckpointError) as error:
+        check_changes(SAVED, changed(key, value), ())
+    message = str(error.value)
+    assert f"\n  {key}: " in message
+    assert f"checkpoint.allow_changes=[{key}]" in message
+    assert "run_name" in message
+    for allowed in (key, key.partition(".")[0]):
+        assert len(check_changes(SAVED, changed(key, value), (allowed,))) == 1
+    with pytest.raises(CheckpointError):
+        check_changes(SAVED, changed(key, value), (key[:-1], key + "x", "run_dir"))
+
+
+def test_several_are_told_at_once():
+    new = changed("seed", 2) | {"optimizer": {"lr": 0.2, "betas": [0.9, 0.95]}}
+    with pytest.raises(CheckpointError, match=r"seed: 1 -> 2\n.*allow_changes=\[optimizer\.lr,seed\]|lr: 0\.1 -> 0\.2\n"):
+        check_changes(SAVED, new, ())
+    assert check_changes(SAVED, new, ("seed", "optimizer.lr")) == ["optimizer.lr: 0.1 -> 0.2", "seed: 1 -> 2"]
+
+
+@pytest.mark.parametrize("allowed", [(), ("model",), ("model.num_layers",)])
+def test_another_model_is_refused_whatever_is_allowed(allowed):
+    with pytest.raises(CheckpointError, match=r"belongs to another model:\n  model\.num_layers: 2 -> 3"):
+        check_changes(SAVED, changed("model.num_layers", 3), allowed)
+
+
+def test_keys_that_only_one_of_the_two_has():
+    with pytest.raises(CheckpointError, match=r"model\.rotary_scaling\.factor: None -> 8\.0"):
+        check_changes(SAVED, changed("model.rotary_scaling", {"factor": 8.0}), ())
+    with pytest.raises(CheckpointError, match=r"new: None -> 1"):
+        check_changes(SAVED, SAVED | {"new": 1}, ())
+
+
+def test_lists_of_keys_name_keys():
+    keys = leaf_keys(TrainConfig)
+    for key in (*SAFE, *REFUSED):
+        assert any(name == key or name.startswith(f"{key}.") for name in keys), key
+
+
+def test_flatten_keeps_empty_groups_and_lists():
+    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [{"f": 2}]}) == {"a.b.c": 1, "a.d": {}, "e": [{"f": 2}]}

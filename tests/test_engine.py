@@ -1,0 +1,158 @@
+"""A layout never changes numbers: the engine in every layout against a plain torch loop on whole tensors."""
+
+import math
+
+import pytest
+import torch
+
+from megalite.config.schema import TrainConfig
+from megalite.engine import Engine
+from megalite.mesh import build_mesh, single_mesh
+from megalite.models import build_model, init_parameter, named_logical_parameters
+from megalite.objectives import CausalLM
+from megalite.optim import learning_rate
+from tests.models.plain import plain_losses
+from tests.ranks import run_ranks
+from tests.runs import VOCAB, tiny_config
+
+STEPS, GLOBAL_BATCH, LENGTH = 50, 8, 32
+LAYOUTS = [
+    # world size, tensor, ZeRO stage
+    (1, 1, 1),
+    (2, 2, 0),
+    (2, 2, 1),
+    (2, 1, 0),
+    (2, 1, 1),
+    (2, 1, 2),
+    (2, 1, 3),
+    (4, 2, 1),
+    (4, 2, 2),
+    (4, 2, 3),
+]
+Curve = list[tuple[float, float]]  # loss and gradient norm of each step
+
+
+def config_of(tensor: int, zero_stage: int, precision: str = "fp32", **groups) -> TrainConfig:
+    engine = {"zero_stage": zero_stage, "precision": precision} | groups.pop("engine", {})
+    return tiny_config("unused", parallel={"tensor": tensor}, engine=engine, **groups)
+
+
+def samples(step: int) -> torch.Tensor:
+    """The global batch of a step: ids that follow from one another, so that the loss falls."""
+    generator = torch.Generator().manual_seed(step)
+    first = torch.randint(VOCAB, (GLOBAL_BATCH, 1), generator=generator)
+    return (first + 7 * torch.arange(LENGTH + 1)) % VOCAB
+
+
+def curve_of(config: TrainConfig, steps: int, plant=lambda: None) -> Curve:
+    """Losses and norms of the engine; runs on every rank."""
+    mesh = build_mesh(config.parallel, torch.device("cpu"))
+    engine = Engine(config, mesh)
+    engine.init_weights()
+    plant()
+    objective, data, micro = CausalLM(LENGTH), mesh.data, config.trainer.micro_batch_size
+    curve = []
+    for step in range(steps):
+        parts = samples(step).split(micro)[data.rank :: data.size]
+        rate = learning_rate(config.schedule, config.optimizer.lr, step, STEPS)
+        result = engine.train_step([objective.batch(part) for part in parts], step, rate)
+        assert result.applied
+        curve.append((float(result.loss), float(result.grad_norm)))
+    return curve
+
+
+@pytest.fixture(scope="module")
+def reference() -> Curve:
+    """The same training in plain torch: one process, whole tensors, its own schedule and clipping."""
+    config = config_of(1, 0)
+    mesh = single_mesh(torch.device("cpu"))
+    model = build_model(config.model, mesh)
+    weights = {
+        # `gather` of the only part takes the vocabulary's padding away.
+        name: parameter.shard.gather([init_parameter(name, parameter, config.seed, mesh)]).clone().requires_grad_()
+        for name, parameter in named_logical_parameters(model)
+    }
+    matrices = [weight for weight in weights.values() if weight.ndim == 2]
+    vectors = [weight for weight in weights.values() if weight.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    curve = []
+    for step in range(STEPS):
+        batch = samples(step)
+        loss = plain_losses(weights, config.model, batch[:, :-1], batch[:, 1:]).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        progress = (step - 10) / (STEPS - 1 - 10)
+        rate = (step + 1) / 10 if step < 10 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-4 * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    assert curve[-1][0] < 0.8 * curve[0][0], "the reference does not learn, so it would not notice much"
+    return curve
+
+
+def worst(curve: Curve, reference: Curve) -> tuple[float, float]:
+    """Largest difference of the losses, largest relative one of the norms."""
+    pairs = list(zip(curve, reference[: len(curve)], strict=True))
+    return max(abs(a[0] - b[0]) for a, b in pairs), max(abs(a[1] / b[1] - 1) for a, b in pairs)
+
+
+@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), LAYOUTS)
+def test_every_layout_trains_as_plain_torch_does(world_size, tensor, zero_stage, reference):
+    for curve in run_ranks(world_size, curve_of, config_of(tensor, zero_stage), STEPS):
+        loss, norm = worst(curve, reference)
+        assert loss <= 1e-5
+        assert norm <= 1e-4
+
+
+class Done:
+    """The handle of a collective that has ended."""
+
+    def wait(self) -> None:
+        pass
+
+
+def forget_data_all_reduce() -> None:
+    """What DeepSpeed sums over the data axis stays as it is on each rank."""
+
+    def keep(*args, **kwargs):
+        return Done()
+
+    def keep_own_part(*args, **kwargs):
+        output, source = (args + tuple(kwargs.get(name) for name in ("output", "input") if name in kwargs))[:2]
+        group = kwargs.get("group")
+        output.copy_(source.chunk(torch.distributed.get_world_size(group))[torch.distributed.get_rank(group)])
+        return Done()
+
+    torch.distributed.all_reduce = torch.distributed.reduce = keep
+    torch.distributed.reduce_scatter_tensor = keep_own_part
+
+
+def forget_tensor_all_reduce() -> None:
+    """The backward of the layers' input no longer sums over the tensor axis."""
+    from megalite import comm
+
+    comm._Copy.backward = staticmethod(lambda ctx, grad: (grad, None))
+
+
+@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), [layout for layout in LAYOUTS if layout[0] > 1])
+def test_a_missing_all_reduce_is_seen(world_size, tensor, zero_stage, reference):
+    plants = [forget_tensor_all_reduce] if tensor > 1 else []
+    plants += [forget_data_all_reduce] if world_size > tensor else []
+    for plant in plants:
+        curve = run_ranks(world_size, curve_of, config_of(tensor, zero_stage), 4, plant)[0]
+        loss, norm = worst(curve, reference)
+        assert loss > 1e-5 or norm > 1e-4, f"{plant.__name__} went unnoticed"
+
+
+def test_bf16_tracks_fp32_in_every_zero_stage(reference):
+    curves = {stage: run_ranks(4, curve_of, config_of(2, stage, "bf16"), STEPS)[0] for stage in (1, 2, 3)}
+    for stage, curve in curves.items():
+        loss, norm = worst(curve, reference)
+        assert loss <= 2e-3, f"ZeRO {stage} is {loss} from fp32"
+        assert norm <= 2e-2, f"ZeRO {stage} is {norm} from fp32"
+    for stage in (2, 3):
+        loss, _ = worst(curves[stage], curves[1])
+        assert loss <= 1e-3, f"ZeRO {stage} is {loss} from ZeRO 1"
