@@ -10,12 +10,14 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megalite/__init__.py").rea
 
 # Folder on disk -> name it is imported by.
 MOUNTED = {"launch": "megalite.launch", "data_tools": "megalite.data_tools", "conf": "megalite.conf"}
+# The sample corpus and its scripts belong to the repository: `make quickstart` reads it from there.
+NOT_INSTALLED = ["sample_corpus"]
 
 packages = find_packages(include=["megalite", "megalite.*"])
 package_dir = {name: folder for folder, name in MOUNTED.items()}
 for folder, name in MOUNTED.items():
     packages.append(name)
-    for sub in find_packages(folder):
+    for sub in find_packages(folder, exclude=NOT_INSTALLED):
         packages.append(f"{name}.{sub}")
         package_dir[f"{name}.{sub}"] = f"{folder}/{sub.replace('.', '/')}"
 

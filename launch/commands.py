@@ -33,11 +33,14 @@ def train(arguments: list[str]) -> int:
     if world_size > 1 and not num_gpus:
         # Read when torch is imported, below: ranks share the cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    from megalite.engine import preload
     from megalite.train import train as train_rank
 
     if world_size == 1:
         train_rank(config, Place())
         return EXIT_OK
+    if not num_gpus:
+        preload()
     return spawn_ranks(lambda place: train_rank(config, place), world_size)
 
 

@@ -101,9 +101,15 @@ def _wait(ranks: list[BaseProcess]) -> int:
             process.join()
             if process.exitcode:
                 if process.exitcode < 0:
-                    print(f"{process.name} was ended by signal {-process.exitcode}", file=sys.stderr)
+                    print(f"{process.name} was ended by {_describe_signal(-process.exitcode)}", file=sys.stderr)
                 return process.exitcode if process.exitcode > 0 else 128 - process.exitcode
     return 0
+
+
+def _describe_signal(number: int) -> str:
+    # The kernel kills whom it finds when memory runs out, and says so in its own log only.
+    hint = ": perhaps for want of memory" if number == signal.SIGKILL else ""
+    return f"signal {number} ({signal.Signals(number).name}){hint}"
 
 
 def _forwarder(ranks: list[BaseProcess]) -> Callable[[int, FrameType | None], None]:

@@ -6,6 +6,7 @@
 
 Tensors have their logical (unsharded, unpadded) shapes and fp32 values. A checkpoint is written under a temporary name,
 every file synced to disk, the manifest last, and renamed when whole, so a directory with the final name is complete.
+The manifest holds the digest of every file, and one of itself.
 """
 
 import json
@@ -90,13 +91,19 @@ def write_file(folder: Path, name: str, content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write and sync the manifest, its own digest in it."""
+    values = asdict(manifest)
+    write_file(folder, MANIFEST, json.dumps({**values, "digest": _digest_of(values)}, indent=1).encode())
+
+
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest, sync, and give the directory its final name; returns it.
 
     A checkpoint of the same step that is already there is replaced.
     """
     checkpoints = temporary.parent
-    write_file(temporary, MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_manifest(temporary, manifest)
     _sync_folder(temporary)
     final = checkpoints / checkpoint_name(manifest.step)
     if final.exists():
@@ -138,8 +145,11 @@ def read_manifest(folder: Path) -> Manifest:
         version = values["format_version"]
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path}: format version {version}, this MegaLite reads {FORMAT_VERSION}")
+        expected, found = values.pop("digest"), _digest_of(values)
+        if found != expected:
+            raise CheckpointError(f"{path} is damaged: its digest is {found}, it says {expected}")
         manifest = Manifest(**{**values, "files": [FileEntry(**entry) for entry in values["files"]]})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
@@ -201,6 +211,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             "from step 0 with checkpoint.resume=never"
         )
     return None
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    """xxh3_128 of a manifest's values, whatever the order and the spaces in the file."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -53,7 +53,10 @@ class Engine:
         self.mesh = mesh
         self.precision = resolve_precision(config.engine, mesh.device.type)
         self.ds_config = build_ds_config(config, mesh, self.precision)
-        self.deepspeed = _import_deepspeed(mesh)
+        self.deepspeed = _import_deepspeed(mesh.device.type)
+        # zero.Init reads it, whoever started the process.
+        os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+        self.deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
         _check_precision(self.deepspeed, self.precision)
         _check_overrides(self.deepspeed, self.ds_config, mesh)
         model = build_model(config.model, mesh, recompute=config.engine.recompute)
@@ -85,8 +88,8 @@ class Engine:
     def init_weights(self) -> None:
         """Initial weights from `config.seed`, one parameter at a time: the same for every layout and precision.
 
-        In half precision the fp32 master weights get the unrounded values. Rounded ones would sit in the middle of their
-        half-precision neighbourhood, and the small updates of the first steps would all round back to where they were.
+        In half precision the fp32 master weights get the unrounded values. Rounded ones would sit in the middle of
+        their half-precision neighbourhood, and the small updates of the first steps would all round back.
         """
         for name, parameter in self.parameters():
             self.set_weight(parameter, init_parameter(name, parameter, self.config.seed, self.mesh))
@@ -213,21 +216,28 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _import_deepspeed(mesh: Mesh) -> Any:
-    """DeepSpeed, ready for this rank."""
-    # It reads these, whoever started the process; told the kind of device, it does not warn that it found no GPU.
-    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
-    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
+def preload() -> None:
+    """Do the slow imports now, in a process that is about to fork ranks on a CPU: seven seconds of each rank's start.
+
+    Not on a machine with GPUs: a process that has looked at one cannot hand it on to its forks.
+    """
+    _import_deepspeed("cpu")
+    import torch._dynamo  # noqa: F401
+
+
+def _import_deepspeed(device_type: str) -> Any:
+    """DeepSpeed, quiet, and kept from looking for what is not used."""
+    # Told the kind of device, it does not warn that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
     import deepspeed
     import deepspeed.ops
 
-    # No compiled operation is used. Asked which of them would build here, DeepSpeed runs the compiler on every start, and
-    # a build of its `shm_comm` that was killed once leaves a lock for which every later start waits for ever.
+    # No compiled operation is used. Asked which of them would build here, DeepSpeed runs the compiler on every start,
+    # and a killed build of its `shm_comm` leaves a lock for which every later start waits for ever.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel("WARNING")
     # It calls collectives by the names that torch 2.13 is renaming; nothing that a user could change.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     return deepspeed
 
 

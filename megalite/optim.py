@@ -87,7 +87,7 @@ def clip_grad_norm(parameters: Iterable[torch.nn.Parameter], max_norm: float, te
     norm = squared.sqrt()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters], scale)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
     return norm
 
 

@@ -8,4 +8,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import torch
 
+from megalite.engine import preload
+
 torch.set_num_threads(1)
+preload()

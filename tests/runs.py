@@ -38,7 +38,7 @@ def tiny_config(run_dir: Path | str, store: Path | str = "unused", **groups: dic
         "engine": {"precision": "fp32"},
         "objective": {},
         "optimizer": {"lr": 3e-4},
-        "schedule": {"warmup_steps": 10},
+        "schedule": {},
         "data": {"train": str(store), "sequence_length": 32},
         "checkpoint": {},
         "launch": {},

@@ -1,7 +1,9 @@
 """A layout never changes numbers: the engine in every layout against a plain torch loop on whole tensors."""
 
+import functools
 import math
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -13,9 +15,9 @@ from megalite.objectives import CausalLM
 from megalite.optim import learning_rate
 from tests.models.plain import plain_losses
 from tests.ranks import run_ranks
-from tests.runs import VOCAB, tiny_config
+from tests.runs import tiny_config
 
-STEPS, GLOBAL_BATCH, LENGTH = 50, 8, 32
+STEPS, GLOBAL_BATCH, LENGTH = 50, 16, 64
 LAYOUTS = [
     # world size, tensor, ZeRO stage
     (1, 1, 1),
@@ -34,14 +36,22 @@ Curve = list[tuple[float, float]]  # loss and gradient norm of each step
 
 def config_of(tensor: int, zero_stage: int, precision: str = "fp32", **groups) -> TrainConfig:
     engine = {"zero_stage": zero_stage, "precision": precision} | groups.pop("engine", {})
-    return tiny_config("unused", parallel={"tensor": tensor}, engine=engine, **groups)
+    batch = {"steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 4}
+    warmup = {"warmup_steps": 10}
+    return tiny_config("unused", parallel={"tensor": tensor}, engine=engine, trainer=batch, schedule=warmup, **groups)
+
+
+@functools.cache
+def text() -> torch.Tensor:
+    """Real text, a byte a token."""
+    table = pyarrow.parquet.read_table("data_tools/sample_corpus/corpus.parquet", columns=["text"])
+    return torch.tensor(list("".join(table["text"].slice(0, 300).to_pylist()).encode()))
 
 
 def samples(step: int) -> torch.Tensor:
-    """The global batch of a step: ids that follow from one another, so that the loss falls."""
-    generator = torch.Generator().manual_seed(step)
-    first = torch.randint(VOCAB, (GLOBAL_BATCH, 1), generator=generator)
-    return (first + 7 * torch.arange(LENGTH + 1)) % VOCAB
+    """The global batch of a step, [GLOBAL_BATCH, LENGTH + 1]."""
+    starts = torch.arange(GLOBAL_BATCH) * 20_000 + step * LENGTH
+    return text()[starts[:, None] + torch.arange(LENGTH + 1)]
 
 
 def curve_of(config: TrainConfig, steps: int, plant=lambda: None) -> Curve:

@@ -1,6 +1,8 @@
 import dataclasses
 import importlib.util
 import json
+import logging
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +30,9 @@ def config(stores, tmp_path):
 
 
 def with_data(config, train, validation=()):
-    as_stores = [tuple(dataclasses.replace(config.data.train[0], path=str(p)) for p in paths) for paths in (train, validation)]
+    as_stores = [
+        tuple(dataclasses.replace(config.data.train[0], path=str(p)) for p in paths) for paths in (train, validation)
+    ]
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, train=as_stores[0], validation=as_stores[1])
     )
@@ -47,7 +51,9 @@ def test_the_vocabulary_is_that_of_the_largest_store(config, stores):
 
 
 def test_a_vocabulary_that_is_too_small(config, stores):
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: found 199, .* vocabulary of 200; allowed: 200 or more, or n"):
+    with pytest.raises(
+        ConfigError, match=r"model\.vocab_size: found 199, .* vocabulary of 200; allowed: 200 or more, or n"
+    ):
         preflight(with_group(config, "model", vocab_size=199))
     with pytest.raises(ConfigError, match="vocabulary of 300"):
         preflight(with_group(with_data(config, [stores / "a"], [stores / "large"]), "model", vocab_size=200))
@@ -61,15 +67,17 @@ def test_a_store_that_is_not_there(config, stores, tmp_path, key):
         preflight(with_data(config, *paths))
 
 
-@pytest.mark.parametrize("file", ["tokens_00000.bin", "document_offsets.bin", "manifest.json", "tokenizer/tokenizer.model"])
+@pytest.mark.parametrize(
+    "file", ["tokens_00000.bin", "document_offsets.bin", "manifest.json", "tokenizer/tokenizer.model"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_store(config, tmp_path, file, damage):
     path = make_store(tmp_path / "store") / file
     if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-1])
+        path.write_bytes(path.read_bytes()[:-9])
     else:
         path.unlink()
-    with pytest.raises(DataError, match="^data.train: .*store"):
+    with pytest.raises(DataError, match=r"^data\.train: .*store"):
         preflight(with_data(config, [tmp_path / "store"]))
 
 
@@ -81,7 +89,9 @@ def test_different_tokenizers(config, stores):
         (["unnamed", "a"], ["other"]),
     ):
         chosen = with_data(config, [stores / p for p in train], [stores / p for p in validation])
-        with pytest.raises(ConfigError, match=r"different tokenizers \(.*/a: a000.*/other: b000.*\); build them with the s"):
+        with pytest.raises(
+            ConfigError, match=r"different tokenizers \(.*/a: a000.*/other: b000.*\); build them with the s"
+        ):
             preflight(chosen)
 
 
@@ -89,7 +99,9 @@ def test_a_sequence_longer_than_a_store(config, stores, tmp_path):
     make_store(tmp_path / "short", documents=1, length=49)  # 50 tokens with the end of the document
     both = with_data(config, [stores / "a", tmp_path / "short"])
     assert preflight(with_group(both, "data", sequence_length=49))
-    with pytest.raises(ConfigError, match=r"data\.sequence_length: found 50, .*short holds only 50 tokens; .* at most 49"):
+    with pytest.raises(
+        ConfigError, match=r"data\.sequence_length: found 50, .*short holds only 50 tokens; .* at most 49"
+    ):
         preflight(with_group(both, "data", sequence_length=50))
     # Evaluation takes documents as they come.
     assert preflight(with_data(config, [stores / "a"], [tmp_path / "short"]))
@@ -118,14 +130,11 @@ class TestResume:
         assert caplog.records == []
 
     def test_safe_changes_are_logged(self, saved, caplog, monkeypatch):
-        import logging
-
         monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
         caplog.set_level(logging.INFO, "megalite")
         preflight(with_group(saved, "parallel", tensor=2))
-        assert [record.getMessage() for record in caplog.records] == [
-            "continuing from step_00000010 with parallel.tensor: 1 -> 2"
-        ]
+        messages = {record.getMessage() for record in caplog.records}
+        assert messages == {"continuing from step_00000010 with parallel.tensor: 1 -> 2"}
 
     def test_changes_of_the_trajectory_must_be_allowed(self, saved):
         other = with_group(saved, "optimizer", lr=0.5)
@@ -167,8 +176,6 @@ class TestResume:
 
 def save(config, step):
     """A checkpoint without tensors."""
-    from pathlib import Path
-
     values = config_values(with_group(config, "model", vocab_size=200))
     manifest = Manifest(
         step=step,

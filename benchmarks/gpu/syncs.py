@@ -115,7 +115,7 @@ def syncs(emit: Emit, device_name: str, zero_stage: int) -> None:
     """
     device = pick_device(device_name)
     cell = TrainingCell("gpt2_124m", False, True, zero_stage, accumulation=2, dropout=0.1, precision="bf16")
-    with prepared_engine(cell_config(cell), device) as run:
+    with prepared_engine(cell_config(cell, device.type), device) as run:
         for step in range(3):
             run.train_step(step, 4)
         with recorded_syncs(device) as log:

@@ -5,6 +5,7 @@ Legend: B micro batch size in sequences, S sequence length in tokens.
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import tempfile
 import time
@@ -90,7 +91,7 @@ def model_config(name: str, tiny: bool) -> ModelConfig:
     return config
 
 
-def cell_config(cell: TrainingCell) -> TrainConfig:
+def cell_config(cell: TrainingCell, device_type: str) -> TrainConfig:
     """The training configuration of a cell; the store's path comes with `prepared_engine`."""
     model = dataclasses.replace(model_config(cell.model, cell.tiny), dropout=cell.dropout)
     config = TrainConfig(
@@ -102,7 +103,7 @@ def cell_config(cell: TrainingCell) -> TrainConfig:
         parallel=ParallelConfig(),
         engine=EngineConfig(zero_stage=cell.zero_stage, compile=cell.compiled, precision=cell.precision),
         objective=ObjectiveConfig(),
-        optimizer=OptimizerConfig(lr=1e-4),
+        optimizer=OptimizerConfig(lr=3e-3 if cell.tiny else 3e-4),
         schedule=ScheduleConfig(),
         data=DataConfig(
             train=(StoreConfig(path="store"),), sequence_length=min(model.max_sequence_length, MAX_SEQUENCE_LENGTH)
@@ -111,7 +112,7 @@ def cell_config(cell: TrainingCell) -> TrainConfig:
         launch=LaunchConfig(),
         logging=LoggingConfig(),
     )
-    validate_train(config, world_size=1)
+    validate_train(config, 1, device_type)
     return config
 
 
@@ -150,7 +151,9 @@ def prepared_engine(config: TrainConfig, device: torch.device) -> Iterator[Run]:
         write_store(Path(folder) / "store", config.model.known_vocab_size, tokens)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         try:
-            yield Run(config, Engine(config, build_mesh(config.parallel, device)), Path(folder) / "store")
+            engine = Engine(config, build_mesh(config.parallel, device))
+            engine.init_weights()
+            yield Run(config, engine, Path(folder) / "store")
         finally:
             dist.destroy_process_group()
 
@@ -160,7 +163,7 @@ def train(
 ) -> None:
     """A row a micro batch size, growing until memory runs out. `deadline`: by time.monotonic, no size starts after."""
     device = pick_device(device_name)
-    config = cell_config(cell)
+    config = cell_config(cell, device.type)
     label = f"{cell.model}{' (tiny)' if cell.tiny else ''}{' compiled' if cell.compiled else ''}"
     started = time.perf_counter()
     with prepared_engine(config, device) as run:
@@ -213,7 +216,7 @@ def measure(run: Run, micro_batch_size: int, steps: int, device: torch.device) -
     tokens_per_second = micro_batch_size * run.config.trainer.global_batch_size * length / median
     flops = flops_per_token(run.config.model, length)
     skipped = sum(not result.applied for result in results)
-    finite = bool(np.isfinite(losses).all())
+    finite = all(math.isfinite(loss) for loss in losses)
     return {
         "status": "ok" if finite and not skipped else "failed",
         "error": "" if finite and not skipped else f"{skipped} steps skipped, losses {losses[0]} .. {losses[-1]}",
@@ -228,8 +231,8 @@ def measure(run: Run, micro_batch_size: int, steps: int, device: torch.device) -
         "steps": steps,
         "peak_memory_bytes": memory_bytes(device),
         "reserved_memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": losses[0] if math.isfinite(losses[0]) else None,
+        "loss_last": losses[-1] if math.isfinite(losses[-1]) else None,
     }
 
 

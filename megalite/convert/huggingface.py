@@ -96,7 +96,7 @@ def _from_gpt2(take: _Taker, config: ModelConfig) -> dict[str, Tensor]:
     tensors = {
         "embedding.tokens.weight": take("wte.weight"),
         "embedding.positions.weight": take("wpe.weight"),
-        "head.norm.weight": take("ln_f.weight"),
+        "head.norm.weight_offset": take("ln_f.weight") - 1,
         "head.norm.bias": take("ln_f.bias"),
     }
     linears = {"attention.qkv": "attn.c_attn", "attention.output": "attn.c_proj", "mlp.up": "mlp.c_fc"}
@@ -105,8 +105,10 @@ def _from_gpt2(take: _Taker, config: ModelConfig) -> dict[str, Tensor]:
     for layer in range(config.num_layers):
         for ours, theirs in (linears | norms).items():
             weight = take(f"h.{layer}.{theirs}.weight")
-            # GPT-2's linear layers are `Conv1D`s: (inputs, outputs).
-            tensors[f"blocks.{layer}.{ours}.weight"] = weight.t() if ours in linears else weight
+            if ours in linears:
+                tensors[f"blocks.{layer}.{ours}.weight"] = weight.t()  # `Conv1D`: (inputs, outputs)
+            else:
+                tensors[f"blocks.{layer}.{ours}.weight_offset"] = weight - 1
             tensors[f"blocks.{layer}.{ours}.bias"] = take(f"h.{layer}.{theirs}.bias")
     return tensors
 
@@ -114,7 +116,7 @@ def _from_gpt2(take: _Taker, config: ModelConfig) -> dict[str, Tensor]:
 def _from_llama(take: _Taker, config: ModelConfig) -> dict[str, Tensor]:
     tensors = {
         "embedding.tokens.weight": take("model.embed_tokens.weight"),
-        "head.norm.weight": take("model.norm.weight"),
+        "head.norm.weight_offset": take("model.norm.weight") - 1,
     }
     fused = {
         "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -129,7 +131,8 @@ def _from_llama(take: _Taker, config: ModelConfig) -> dict[str, Tensor]:
                 parts = [take(f"model.layers.{layer}.{part}.{kind}") for part in theirs]
                 tensors[f"blocks.{layer}.{ours}.{kind}"] = torch.cat(parts)
         for ours, theirs_norm in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
-            tensors[f"blocks.{layer}.{ours}.weight"] = take(f"model.layers.{layer}.{theirs_norm}.weight")
+            offset = take(f"model.layers.{layer}.{theirs_norm}.weight") - 1
+            tensors[f"blocks.{layer}.{ours}.weight_offset"] = offset
     return tensors
 
 

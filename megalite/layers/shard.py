@@ -80,10 +80,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values: normal with mean 0 and this `std`, or, where `std` is 0, the `constant` everywhere."""
+    """Initial values: normal with mean 0 and this `std`; zeros where it is 0."""
 
     std: float = 0.0
-    constant: float = 0.0
 
 
 def make_parameter(shard: Shard, init: Init, axis: Axis) -> nn.Parameter:

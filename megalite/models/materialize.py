@@ -40,11 +40,10 @@ def init_parameter(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) ->
     """
     shard, init = shard_of(parameter), init_of(parameter)
     local = torch.zeros(shard.local_shape(mesh.tensor.size))
+    if init.std == 0.0:
+        return local
     full = local if tuple(local.shape) == shard.shape else _scratch(shard.shape)
-    if init.std > 0.0:
-        full.normal_(0.0, init.std, generator=torch.Generator().manual_seed(fold(seed, name)))
-    else:
-        full.fill_(init.constant)
+    full.normal_(0.0, init.std, generator=torch.Generator().manual_seed(fold(seed, name)))
     if full is not local:
         shard.slice_into(local, full, mesh.tensor.rank, mesh.tensor.size)
     return local

@@ -1,14 +1,16 @@
 """The sweep on a CPU with tiny models: the command as a GPU machine runs it, and each part with a fault planted."""
 
+import importlib.metadata
 import json
 import math
 import os
 import signal
 import time
 
-import deepspeed  # noqa: F401 (slow: imported once, before parts are forked)
+import deepspeed  # noqa: F401 (slow imports: once, before parts are forked)
 import pytest
 import torch
+import torch._inductor.compile_fx
 import torch.nn.functional as F
 
 from benchmarks import gpu_sweep
@@ -28,11 +30,11 @@ def rows_of(function, *arguments):
 
 def test_the_whole_command(tmp_path, capsys):
     output = tmp_path / "sweep.json"
-    assert gpu_sweep.main([*TINY, "--models", "gpt2_124m", "gpt3_1_3b", "--output", str(output)]) == 0
+    assert gpu_sweep.main([*TINY, "--models", "gpt3_1_3b", "--output", str(output)]) == 0
     report = json.loads(output.read_text())
     by_part = {part: [row for row in report["rows"] if row["part"] == part] for part in gpu_sweep.PARTS}
     assert {row["status"] for row in report["rows"]} == {"ok"}
-    assert by_part["facts"][0]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert by_part["facts"][0]["packages"]["torch"] == importlib.metadata.version("torch")
     assert len(by_part["layers"]) == 14
     assert len(by_part["decoder"]) == 8
     for row in by_part["layers"] + by_part["decoder"]:
@@ -43,16 +45,16 @@ def test_the_whole_command(tmp_path, capsys):
             assert all(1e-4 < error < 5e-2 for error in row["errors"].values())
     assert [row["where"][0]["where"].split("/")[0] for row in by_part["syncs"]] == ["deepspeed"] * 3
     assert [(row["case"], row["micro_batch_size"]) for row in by_part["train"]] == [
-        ("gpt2_124m (tiny) B=2", 2),
-        ("gpt2_124m (tiny) B=4", 4),
         ("gpt3_1_3b (tiny) B=2", 2),
         ("gpt3_1_3b (tiny) B=4", 4),
     ]
     for row in by_part["train"]:
         assert row["tokens_per_second"] * row["step_seconds_median"] == pytest.approx(row["micro_batch_size"] * 32)
-        assert row["loss_first"] == pytest.approx(math.log(500), abs=0.2)
         assert row["steps"] == 2
         assert row["mfu"] is None
+    first = by_part["train"][0]
+    assert first["loss_first"] == pytest.approx(math.log(500), abs=0.3)
+    assert first["loss_last"] < first["loss_first"] - 0.2
     printed = capsys.readouterr().out
     for text in ("6 N + 12 L h s", "gpt3_1_3b (tiny) B=4", "attention grouped rotary", "the host waits, ZeRO 1", "n/a"):
         assert text in printed
@@ -136,21 +138,28 @@ def test_micro_batches_stop_growing_when_memory_runs_out(monkeypatch):
 
 
 def test_a_run_that_diverges_fails(monkeypatch):
-    monkeypatch.setattr("megalite.engine.Engine._summed_loss", lambda *a: torch.tensor(math.nan, requires_grad=True))
+    summed_loss = Engine._summed_loss
+    monkeypatch.setattr(Engine, "_summed_loss", lambda *arguments: summed_loss(*arguments) * math.nan)
     cell = training.TrainingCell("gpt2_124m", compiled=False, tiny=True)
     (row,) = rows_of(training.train, "cpu", cell, [2], 1, time.monotonic() + 60)
     assert row["status"] == "failed"
+    assert row["error"].startswith("6 steps skipped")
 
 
 def test_a_host_read_in_the_step_is_found(monkeypatch):
     train_step = Engine.train_step
 
     def reading(engine, micro_batches, step, rate):
-        return train_step(engine, micro_batches, step, rate * float(engine.model.head.norm.weight.detach().sum() > 0))
+        return train_step(
+            engine, micro_batches, step, rate * float(engine.model.head.norm.weight_offset.detach().sum() > -1)
+        )
 
     monkeypatch.setattr(Engine, "train_step", reading)
-    # Where it is planted lies outside megalite: let its folder count.
-    monkeypatch.setattr(syncs.SyncLog, "_name", lambda log, file: "megalite/planted.py" if file == __file__ else None)
+    # It is planted outside megalite: let this file count as its own.
+    name = syncs.SyncLog._name
+    monkeypatch.setattr(
+        syncs.SyncLog, "_name", lambda log, file: "megalite/planted.py" if file == __file__ else name(log, file)
+    )
     (row,) = rows_of(syncs.syncs, "cpu", 1)
     assert row["status"] == "failed"
     assert row["syncs_of_megalite"] == 1
@@ -178,11 +187,17 @@ def test_a_gradient_that_is_missing_or_not_finite_is_infinitely_far():
     assert parity.worst_distance(wanted | {"output": torch.tensor([1.0, 2.0])}, wanted) == pytest.approx(2**-0.5)
 
 
-def test_compiled_blocks_are_compared_too():
-    row, *_ = rows_of(parity.decoder, "cpu", True, "llama", True)
-    assert row["case"] == "llama compiled float32"
-    assert row["status"] == "ok"
-    assert 0 < row["errors"]["none"] < 1e-5
+def test_compiled_blocks_are_compared_too(monkeypatch):
+    compiled = []
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **how: (compiled.append(how), compile_block(m, **how)))
+    config = parity.decoder_config("llama", parity.TINY_SIZES)
+    precision = torch.float32
+    eager, fused = (
+        parity.run_decoder(config, parity.TINY_SIZES, "none", c, precision, precision, CPU) for c in (False, True)
+    )
+    assert parity.worst_distance(fused, eager) < 1e-5
+    assert compiled == [{"fullgraph": True, "dynamic": False, "backend": "aot_eager"}] * 2
 
 
 def test_a_part_that_is_killed_keeps_its_rows():
@@ -208,7 +223,7 @@ def test_gpt3_xl_is_the_published_size():
     h, layers = 2048, 24
     assert (config.num_layers, config.hidden_size, config.head_dim) == (layers, h, 128)
     assert training.count_parameters(config) == layers * (12 * h**2 + 13 * h) + (50257 + 2048 + 2) * h
-    assert training.cell_config(training.TrainingCell("gpt3_1_3b", False)).data.sequence_length == 2048
+    assert training.cell_config(training.TrainingCell("gpt3_1_3b", False), "cuda").data.sequence_length == 2048
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--micro-batches", "0"], ["--models", "gpt5"]])

@@ -62,7 +62,9 @@ def test_what_changes_the_trajectory_must_be_asked_for(key, value):
 
 def test_several_are_told_at_once():
     new = changed("seed", 2) | {"optimizer": {"lr": 0.2, "betas": [0.9, 0.95]}}
-    with pytest.raises(CheckpointError, match=r"seed: 1 -> 2\n.*allow_changes=\[optimizer\.lr,seed\]|lr: 0\.1 -> 0\.2\n"):
+    with pytest.raises(
+        CheckpointError, match=r"seed: 1 -> 2\n.*allow_changes=\[optimizer\.lr,seed\]|lr: 0\.1 -> 0\.2\n"
+    ):
         check_changes(SAVED, new, ())
     assert check_changes(SAVED, new, ("seed", "optimizer.lr")) == ["optimizer.lr: 0.1 -> 0.2", "seed: 1 -> 2"]
 

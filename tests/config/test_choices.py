@@ -3,6 +3,7 @@
 import itertools
 import typing
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
@@ -12,7 +13,8 @@ from megalite.config import schema
 from megalite.config.validate import DS_DERIVED, DS_OVERRIDES
 from megalite.data_tools.formats import FORMATS
 from megalite.data_tools.tokenizer_training import MODEL_TYPES
-from megalite.engine import DTYPES
+from megalite.engine import DTYPES, _check_overrides
+from megalite.errors import ConfigError
 from megalite.layers.mlp import ACTIVATIONS
 from megalite.layers.norm import NORMS
 from megalite.mesh import single_mesh
@@ -111,3 +113,17 @@ def test_derived_keys_exist(section, keys):
     config = DeepSpeedConfig(BATCH)
     model = {"bf16": config.bfloat16_config, "fp16": config.float16_config, "zero_optimization": config.zero_config}
     assert set(keys) <= set(type(model[section]).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"zero_optimization": {"stage": 1, "no_such_key": 1}}, "no_such_key"),
+        ({"zero_optimization": {"reduce_bucket_size": "x"}}, "reduce_bucket_size"),
+        ({"communication_data_type": "fp7"}, "communication_data_type"),
+    ],
+)
+def test_what_deepspeed_refuses_is_a_config_error(overrides, words):
+    with pytest.raises(ConfigError, match=rf"(?s)engine\.ds_overrides: DeepSpeed refuses .*{words}"):
+        _check_overrides(deepspeed, {**BATCH, **overrides}, MESH)
+    _check_overrides(deepspeed, {**BATCH, "zero_optimization": {"reduce_bucket_size": 7}}, MESH)

@@ -224,7 +224,20 @@ def test_a_sequence_is_as_long_as_the_model_reaches_unless_said_otherwise():
     assert compose_train([STORE, "data.sequence_length=7"]).data.sequence_length == 7
 
 
-PATHS = ["/data/My Books (2)/x", "a[b]/c", "a=b", "100%", "~/x", "it's", "名/字", "x:y", "a{b}", "null-store", "'q", "-x"]
+PATHS = [
+    "/data/My Books (2)/x",
+    "a[b]/c",
+    "a=b",
+    "100%",
+    "~/x",
+    "it's",
+    "名/字",
+    "x:y",
+    "a{b}",
+    "null-store",
+    "'q",
+    "-x",
+]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -239,7 +252,20 @@ def texts():
     rng = random.Random(0)
     pieces = [*"'\"\\${}[](),:=#!?~+|&;<>*%@^ \t\n", "${x}", "\\'", "${oc.env:HOME}", "春", "To be", "é", "null", "1,2"]
     drawn = ["".join(rng.choices(pieces, k=rng.randint(1, 6))) for _ in range(56)]
-    plain = ["yes", "1e3", "true", "To be, or not: {x}", "'Tis", "${run_dir}", "a\\", "a\\${b}", "\\'", "-1", "~", "x,y"]
+    plain = [
+        "yes",
+        "1e3",
+        "true",
+        "To be, or not: {x}",
+        "'Tis",
+        "${run_dir}",
+        "a\\",
+        "a\\${b}",
+        "\\'",
+        "-1",
+        "~",
+        "x,y",
+    ]
     # Hydra's own quotes stay, for those who know them.
     kept = [text for text in plain + drawn if not (len(text) > 1 and text[0] in "'\"" and text[-1] == text[0])]
     return list(zip(kept[::3], kept[1::3], kept[2::3], strict=False))

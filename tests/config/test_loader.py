@@ -67,7 +67,10 @@ def test_one_item_stands_for_a_list_and_a_path_for_a_store():
     ("values", "message"),
     [
         ({"nmae": "y"}, r"unknown key nmae\. Did you mean name\? Allowed here: .*names.*stores"),
-        ({"inner": {"size": 1, "siez": 2}}, r"unknown key inner\.siez\. Did you mean inner\.size\? Allowed here: rate, s"),
+        (
+            {"inner": {"size": 1, "siez": 2}},
+            r"unknown key inner\.siez\. Did you mean inner\.size\? Allowed here: rate, s",
+        ),
         ({"inner": {"size": 1, 7: 2}}, r"unknown key inner\.7\. Allowed here"),
         ({"stores": [{"path": "p"}, {"pth": "p"}]}, r"unknown key stores\[1\]\.pth\. Did you mean stores\[1\]\.path"),
         ({"inner": {}}, r"inner\.size is required and has no default: give it as inner\.size="),

@@ -17,7 +17,11 @@ from tests.stores import make_store
 # What a person may get wrong: arguments after `megalite train`, exit code, and words that the message must have.
 BAD = {
     "no store": ([], 2, ["data.train is required", "data.train=..."]),
-    "unknown key": (["trainer.stpes=3"], 2, ["unknown key trainer.stpes", "Did you mean trainer.steps?", "global_batch"]),
+    "unknown key": (
+        ["trainer.stpes=3"],
+        2,
+        ["unknown key trainer.stpes", "Did you mean trainer.steps?", "global_batch"],
+    ),
     "unknown group": (["modle=tiny"], 2, ["unknown key modle", "Did you mean model?"]),
     "unknown option": (["model=gpt2_125m"], 2, ["model: found 'gpt2_125m'", "gpt2_124m", "llama_8b"]),
     "added key": (["+trainer.stpes=3"], 2, ["+trainer.stpes=3", "neither added"]),
@@ -38,11 +42,18 @@ BAD = {
         ["parallel.tensor: found 4", "number of processes, which is 2", "allowed: 1, 2"],
     ),
     "vocabulary and tensor": (  # known only once the store has been opened
-        ["parallel.tensor=3", "launch.nproc_per_node=3", "model.hidden_size=96", "model.num_attention_heads=3",
-         "trainer.global_batch_size=33", "trainer.micro_batch_size=33", "data.sequence_length=8"],
+        [
+            "parallel.tensor=3",
+            "launch.nproc_per_node=3",
+            "model.hidden_size=96",
+            "model.num_attention_heads=3",
+            "trainer.global_batch_size=33",
+            "trainer.micro_batch_size=33",
+            "data.sequence_length=8",
+        ],
         2,
         ["parallel.tensor: found 3, must divide the padded vocabulary of 256 rows"],
-    ),  # fmt: skip
+    ),
     "batch": (
         ["trainer.global_batch_size=33", "launch.nproc_per_node=2", "trainer.micro_batch_size=8"],
         2,
@@ -54,17 +65,29 @@ BAD = {
         ["data.sequence_length: found 512, must be at most model.max_sequence_length=256"],
     ),
     "vocabulary and store": (["model.vocab_size=100"], 2, ["model.vocab_size: found 100", "vocabulary of 200"]),
-    "half precision": (["engine=zero0", "engine.precision=bf16"], 2, ["engine.precision: found bf16", "engine.zero_stage"]),
+    "half precision": (
+        ["engine=zero0", "engine.precision=bf16"],
+        2,
+        ["engine.precision: found bf16", "engine.zero_stage"],
+    ),
     "compile": (["engine=zero3", "engine.compile=true"], 2, ["engine.compile", "engine.zero_stage=3", "0, 1, 2"]),
-    "DeepSpeed's own key": (["engine.ds_overrides.optimizer={type: Adam}"], 2, ["engine.ds_overrides.optimizer", "allowed"]),
+    "DeepSpeed's own key": (
+        ["engine.ds_overrides.optimizer={type: Adam}"],
+        2,
+        ["engine.ds_overrides.optimizer", "allowed"],
+    ),
     "run name": (["run_name=a/b"], 2, ["run_name: found 'a/b', allowed: letters"]),
     "a circle": (["run_dir=${run_dir}"], 2, ["run_dir: Recursive interpolation"]),
     "two at once": (["seed=-1", "optimizer.lr=0"], 2, ["seed: found -1", "optimizer.lr: found 0"]),
     "store elsewhere": (["data.train=nowhere"], 3, ["data.train: nowhere is not a token store", "megalite data build"]),
-    "damaged store": (["data.train=cut"], 3, ["data.train", "tokens_00000.bin", "bytes, its manifest says", "build it again"]),
+    "damaged store": (
+        ["data.train=cut"],
+        3,
+        ["data.train", "tokens_00000.bin", "bytes, its manifest says", "build it again"],
+    ),
     "short store": (["data.train=short"], 2, ["data.sequence_length: found 256", "holds only 10 tokens", "at most 9"]),
     "checkpoint elsewhere": (["checkpoint.resume=nowhere"], 4, ["nowhere is not a checkpoint"]),
-}  # fmt: skip
+}
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -122,7 +145,10 @@ def test_the_real_command_says_it_within_three_seconds(folder):
     command = Path(sys.executable).with_name("megalite")
     started = time.perf_counter()
     process = subprocess.Popen(
-        [command, "train", "data.train=store", "trainer.steps=0"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [command, "train", "data.train=store", "trainer.steps=0"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     out, err = process.stdout.read(), process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -196,11 +222,14 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"megalite {megalite.__version__}\n"
 
 
-def test_a_reader_that_goes_away_is_no_error(folder):
-    command = f"{sys.executable} -m megalite.launch.cli train --help | head -1"
+@pytest.mark.parametrize(
+    ("arguments", "reader", "shown"), [("train --help", "head -1", "megalite train: "), ("--help", "true", "")]
+)
+def test_a_reader_that_goes_away_is_no_error(folder, arguments, reader, shown):
+    command = f"{sys.executable} -m megalite.launch.cli {arguments} | {reader}"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, capture_output=True, text=True)
-    assert done.stdout.startswith("megalite train: ")
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (141, "")
+    assert done.stdout.startswith(shown)
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "report"])

@@ -7,7 +7,6 @@ import torch
 
 from megalite.config.schema import Norm
 from megalite.layers.norm import NORMS, LayerNorm, RMSNorm
-from megalite.layers.shard import Init
 from megalite.mesh import Axis
 from tests.layers.parallel import check_layer, load_weights, random_tensors
 
@@ -15,12 +14,14 @@ EPS = 1e-5
 
 
 def plain_rms(weights, x):
-    return x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * weights["weight"]
+    return x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * (1 + weights["weight_offset"])
 
 
 def plain_layer(weights, x):
     mean = x.mean(-1, keepdim=True)
-    return (x - mean) * ((x - mean).pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * weights["weight"] + weights["bias"]
+    return (x - mean) * ((x - mean).pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * (
+        1 + weights["weight_offset"]
+    ) + weights["bias"]
 
 
 CASES = [(LayerNorm, plain_layer), (RMSNorm, plain_rms)]
@@ -38,13 +39,22 @@ def test_half_precision_rounds_only_the_result(norm, plain):
     axis = Axis("tensor", 1, 0, None)
     layer = norm(512, EPS, axis)
     x = (100 + torch.randn(4, 512, generator=torch.Generator().manual_seed(0))).bfloat16()
-    weights = {"weight": torch.ones(512).bfloat16(), "bias": torch.zeros(512).bfloat16()}
+    weights = {"weight_offset": torch.zeros(512).bfloat16(), "bias": torch.zeros(512).bfloat16()}
     load_weights(layer, weights, axis)
     wanted = plain({name: tensor.double() for name, tensor in weights.items()}, x.double())
     # Half a unit in the last of bf16's 8 bits; with statistics in bf16 the error is several per cent.
     torch.testing.assert_close(layer(x).double(), wanted, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_a_small_update_of_the_weight_survives_bf16(norm):
+    axis = Axis("tensor", 1, 0, None)
+    layer = norm(512, EPS, axis)
+    offsets = {"weight_offset": torch.full((512,), 3e-4).bfloat16(), "bias": torch.zeros(512).bfloat16()}
+    load_weights(layer, offsets, axis)
+    assert layer.weight_offset.mean().item() == pytest.approx(3e-4, rel=0.01)
+    assert (1 + torch.tensor(3e-4)).bfloat16().item() == 1.0, "a weight kept around one would have lost it"
+
+
 def test_the_table_has_the_choices_of_the_schema():
     assert set(NORMS) == set(typing.get_args(Norm))
-    assert Init(constant=1.0) == LayerNorm(4, EPS, Axis("tensor", 1, 0, None)).weight.init

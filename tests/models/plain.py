@@ -105,10 +105,10 @@ def plain_sinusoids(length: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def _norm(weights: dict[str, Tensor], name: str, config: ModelConfig, x: Tensor) -> Tensor:
     if config.norm == "rmsnorm":
-        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * (1 + weights[f"{name}.weight_offset"])
     centred = x - x.mean(-1, keepdim=True)
     scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
-    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    return scaled * (1 + weights[f"{name}.weight_offset"]) + weights[f"{name}.bias"]
 
 
 def _linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:

@@ -1,0 +1,301 @@
+import dataclasses
+import json
+
+import pytest
+import xxhash
+
+from megalite import checkpoint_format
+from megalite.checkpoint_format import (
+    KINDS,
+    FileEntry,
+    Manifest,
+    checkpoint_name,
+    choose_checkpoint,
+    commit,
+    create_temporary,
+    list_checkpoints,
+    newest_checkpoint,
+    prune,
+    read_manifest,
+    verify_file,
+    write_file,
+    write_manifest,
+)
+from megalite.errors import CheckpointError
+
+
+def manifest(step, files=(), **changes):
+    values = dict(
+        step=step, samples_consumed=32 * step, tokens_seen=1000 * step, skipped_steps=1, optimizer_step=step - 1,
+        loss_scaler={"cur_scale": 2.0}, seed=7, config={"seed": 7}, topology={"tensor": 2}, versions={"torch": "2"},
+        files=list(files),
+    )  # fmt: skip
+    return Manifest(**values | changes)
+
+
+def save(checkpoints, step, content=b"tensors"):
+    """A checkpoint with a file of each kind."""
+    temporary = create_temporary(checkpoints, step)
+    entries = []
+    for number, kind in enumerate(KINDS):
+        name, data = f"{kind}-{number:05d}.safetensors", content + kind.encode()
+        entries.append(FileEntry(name, kind, len(data), write_file(temporary, name, data), {"embedding": [3, 2]}))
+    return commit(temporary, manifest(step, entries))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def checkpoints(run_dir):
+    return run_dir / "checkpoints"
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """Messages that were logged as warnings."""
+    messages = []
+    monkeypatch.setattr(checkpoint_format.log, "warning", lambda text, *values: messages.append(text % values))
+    return messages
+
+
+def test_what_is_saved_is_what_is_read(checkpoints):
+    folder = save(checkpoints, 100)
+    assert folder == checkpoints / "step_00000100" == checkpoints / checkpoint_name(100)
+    read = read_manifest(folder)
+    assert read == manifest(100, read.files)
+    assert [entry.kind for entry in read.files] == list(KINDS)
+    assert read.files[0].digest == xxhash.xxh3_128_hexdigest(b"tensorsweight")
+    for entry in read.files:
+        verify_file(folder, entry)
+    assert read.location("exp_avg", "embedding") == "exp_avg-00001.safetensors"
+    with pytest.raises(CheckpointError, match="step 100 holds no weight of head"):
+        read.location("weight", "head")
+    assert (checkpoints / "latest").read_text() == "step_00000100"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step_00000100"]
+
+
+@pytest.mark.parametrize("failing", ["write_file", "_sync_folder"])
+def test_an_interrupted_save_is_no_checkpoint_and_leaves_the_last_one(checkpoints, run_dir, monkeypatch, failing):
+    first = save(checkpoints, 10)
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise OSError(28, "No space left on device")
+
+    temporary = create_temporary(checkpoints, 20)
+    monkeypatch.setattr(checkpoint_format, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        commit(temporary, manifest(20))
+    assert calls
+    assert list_checkpoints(checkpoints) == [first]
+    assert newest_checkpoint(run_dir) == first
+
+
+def test_the_final_name_appears_only_when_everything_is_there(checkpoints, monkeypatch):
+    """The order of a commit: manifest, sync, rename; a reader never sees the name without its content."""
+    temporary = create_temporary(checkpoints, 5)
+    seen = []
+    real = checkpoint_format._sync_folder
+
+    def watch(folder):
+        seen.append((folder.name, (temporary / "manifest.json").is_file(), (checkpoints / "step_00000005").exists()))
+        real(folder)
+
+    monkeypatch.setattr(checkpoint_format, "_sync_folder", watch)
+    commit(temporary, manifest(5))
+    assert seen == [(temporary.name, True, False), ("checkpoints", False, True)]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints):
+    save(checkpoints, 10, b"old")
+    folder = save(checkpoints, 10, b"new!")
+    for entry in read_manifest(folder).files:
+        verify_file(folder, entry)
+    assert (folder / "weight-00000.safetensors").read_bytes() == b"new!weight"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step_00000010"]
+
+
+def test_prune_keeps_the_newest_and_clears_what_interrupted_saves_left(checkpoints):
+    folders = [save(checkpoints, step) for step in (5, 100, 20, 99_999_999, 100_000_000)]
+    (create_temporary(checkpoints, 30) / "weight-00000.safetensors").write_bytes(b"half")
+    kept = [checkpoints / name for name in ("notes.txt", "step_mine", "step_00000007.bak")]
+    for path in kept:
+        path.mkdir()
+    prune(checkpoints, 2)
+    assert list_checkpoints(checkpoints) == [folders[3], folders[4]]
+    assert sorted(checkpoints.iterdir()) == sorted([*kept, folders[3], folders[4], checkpoints / "latest"])
+    prune(checkpoints, 5)
+    assert list_checkpoints(checkpoints) == [folders[3], folders[4]]
+
+
+def test_only_whole_directories_with_the_name_are_listed(checkpoints):
+    assert list_checkpoints(checkpoints) == []
+    folder = save(checkpoints, 10)
+    create_temporary(checkpoints, 20)
+    (checkpoints / "step_00000030").mkdir()  # no manifest
+    (checkpoints / "step_00000040").write_text("a file")
+    for name in ("step_50", "step_0000005x", "xstep_00000050", "step_00000050.tmp"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "manifest.json").write_text("{}")
+    assert list_checkpoints(checkpoints) == [folder]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def gone(path):
+    path.unlink()
+
+
+DAMAGES = [cut, grow, flip, empty, gone]
+SAYS = {cut: "bytes, the manifest says", grow: "bytes, the manifest says", flip: "its digest is", gone: "is missing",
+        empty: "found 0 bytes"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file(checkpoints, kind, damage):
+    folder = save(checkpoints, 10)
+    entry = next(entry for entry in read_manifest(folder).files if entry.kind == kind)
+    damage(folder / entry.name)
+    with pytest.raises(CheckpointError, match=f"{entry.name}.*{SAYS[damage]}"):
+        verify_file(folder, entry)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["manifest.json", "weight-00000.safetensors", "exp_avg_sq-00002.safetensors"])
+def test_a_damaged_newest_falls_back_with_one_warning(run_dir, checkpoints, warnings, damage, file):
+    older, newest = save(checkpoints, 10), save(checkpoints, 20)
+    assert newest_checkpoint(run_dir) == newest
+    damage(newest / file)
+    assert newest_checkpoint(run_dir) == older
+    if (damage, file) == (gone, "manifest.json"):
+        assert warnings == [], "without a manifest it was never whole"
+    else:
+        assert len(warnings) == 1
+        assert file in warnings[0]
+        assert warnings[0].endswith("; falling back to an older checkpoint")
+
+
+def test_none_whole_is_an_error_and_none_at_all_is_not(run_dir, checkpoints, warnings):
+    assert newest_checkpoint(run_dir) is None
+    assert choose_checkpoint("auto", run_dir) is None
+    for step in (10, 20):
+        flip(save(checkpoints, step) / "weight-00000.safetensors")
+    for choose in (newest_checkpoint, lambda run: choose_checkpoint("auto", run)):
+        with pytest.raises(
+            CheckpointError, match=r"holds 2 checkpoint\(s\) and none is whole; .*checkpoint\.resume=never"
+        ):
+            choose(run_dir)
+    assert choose_checkpoint("never", run_dir) is None
+
+
+def test_a_named_checkpoint_is_taken_or_refused_but_never_exchanged(run_dir, checkpoints, tmp_path):
+    older, newest = save(checkpoints, 10), save(checkpoints, 20)
+    assert choose_checkpoint("auto", run_dir) == newest
+    assert choose_checkpoint(str(older), run_dir) == older
+    flip(newest / "exp_avg-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"exp_avg-00001\.safetensors: its digest is"):
+        choose_checkpoint(str(newest), run_dir)
+    with pytest.raises(CheckpointError, match="is not a checkpoint: it has no manifest"):
+        choose_checkpoint(str(tmp_path / "gone"), run_dir)
+    with pytest.raises(CheckpointError, match="is not a checkpoint: it has no manifest"):
+        choose_checkpoint(str(run_dir), run_dir)
+
+
+NAMES = ["../x.safetensors", "/etc/passwd", "a/b-00000.safetensors", "weight-00000.pt", "", ".", "weight-0.safetensors",
+         "weight-00000.safetensors\n", "weight-00000.safetensors/../../x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_names_no_file_elsewhere(checkpoints, name):
+    folder = save(checkpoints, 10)
+    read = read_manifest(folder)
+    write_manifest(folder, dataclasses.replace(read, files=[dataclasses.replace(read.files[0], name=name)]))
+    with pytest.raises(CheckpointError, match="which is not a file of a checkpoint"):
+        read_manifest(folder)
+
+
+def test_a_kind_that_is_not_known(checkpoints):
+    folder = save(checkpoints, 10)
+    read = read_manifest(folder)
+    write_manifest(folder, dataclasses.replace(read, files=[dataclasses.replace(read.files[0], kind="pickle")]))
+    with pytest.raises(CheckpointError, match="which is not a file of a checkpoint"):
+        read_manifest(folder)
+
+
+def test_another_format_version(checkpoints):
+    folder = save(checkpoints, 10)
+    write_manifest(folder, manifest(10, format_version=2))
+    with pytest.raises(CheckpointError, match="format version 2, this MegaLite reads 1"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.update(step=11),
+        lambda values: values["files"][0].update(digest="0" * 32),
+        lambda values: values["files"].pop(),
+        lambda values: values["config"].update(seed=8),
+        lambda values: values.update(surprise=1),
+        lambda values: values.update(digest="0" * 32),
+        *(lambda values, key=key: values.pop(key) for key in ("digest", "step", "files", "format_version")),
+    ],
+)
+def test_a_changed_manifest(checkpoints, change):
+    folder = save(checkpoints, 10)
+    values = json.loads((folder / "manifest.json").read_text())
+    change(values)
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        read_manifest(folder)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found_or_means_nothing(checkpoints):
+    folder = save(checkpoints, 10)
+    read, path = read_manifest(folder), folder / "manifest.json"
+    data = path.read_bytes()
+    found = 0
+    for position in range(0, 8 * len(data), 37):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_manifest(folder) == read, "a space for another, say"
+        except CheckpointError:
+            found += 1
+    assert found > 100
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"7", b'"x"'])
+def test_a_manifest_that_is_no_manifest(checkpoints, content):
+    folder = save(checkpoints, 10)
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        read_manifest(folder)
+
+
+def test_the_manifest_is_plain_json(checkpoints):
+    values = json.loads((save(checkpoints, 10) / "manifest.json").read_text())
+    assert set(values) == {"digest", *(field.name for field in dataclasses.fields(Manifest))}
+    assert set(values["files"][0]) == {field.name for field in dataclasses.fields(FileEntry)}

@@ -1,0 +1,157 @@
+"""The loop on real ranks: stop and resume, bit for bit; what a run leaves behind; skipped steps."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megalite.checkpoint_format import read_manifest, write_manifest
+from megalite.config.compose import read_config
+from megalite.data.files import digest_file
+from megalite.engine import Engine, StepResult
+from megalite.errors import CheckpointError, MegaliteError
+from megalite.launch.spawn import spawn_ranks
+from megalite.metrics.jsonl import read_metrics
+from megalite.preflight import preflight
+from megalite.train import train
+from tests.runs import tiny_config, train_on_ranks, write_store
+
+SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300, "max_sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return write_store(tmp_path_factory.mktemp("stores") / "words")
+
+
+def losses(rows) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2), ("fp32", 3)])
+def test_stop_and_resume_is_the_straight_run_bit_for_bit(precision, zero_stage, store, tmp_path):
+    """Bar: tensor 2 x data 2, dropout 0.1, 20 + 20 steps in separate processes against 40."""
+
+    def config(run_dir, **trainer):
+        return tiny_config(
+            run_dir,
+            store,
+            model=SMALL | {"dropout": 0.1},
+            parallel={"tensor": 2},
+            engine={"precision": precision, "zero_stage": zero_stage},
+            trainer={"steps": 40, "micro_batch_size": 2} | trainer,
+        )
+
+    straight = train_on_ranks(config(tmp_path / "straight"), 4)
+    stopped = train_on_ranks(config(tmp_path / "resumed", stop_after=20), 4)
+    assert losses(stopped) == losses(straight)[:20]
+    if (precision, zero_stage) == ("fp32", 1):
+        perturbed_is_seen(config, straight, tmp_path)
+    resumed = train_on_ranks(config(tmp_path / "resumed"), 4)
+    assert [row["step"] for row in resumed] == list(range(1, 41))
+    assert losses(resumed) == losses(straight)
+    assert [row["grad_norm"] for row in resumed] == [row["grad_norm"] for row in straight]
+    assert [row["tokens_seen"] for row in resumed] == [row["tokens_seen"] for row in straight]
+
+
+def perturbed_is_seen(config, straight, tmp_path) -> None:
+    """One element of one moment differs in the checkpoint: the losses after it differ too."""
+    copytree(tmp_path / "resumed", tmp_path / "perturbed")
+    folder = tmp_path / "perturbed/checkpoints/step_00000020"
+    entry = next(entry for entry in read_manifest(folder).files if entry.kind == "exp_avg")
+    tensors = load_file(folder / entry.name)
+    name = next(name for name in tensors if name.endswith("qkv.weight"))
+    tensors[name].view(-1)[0] += 0.01
+    save_file(tensors, folder / entry.name)
+    changed = dataclasses.replace(entry, digest=digest_file(folder / entry.name))
+    manifest = read_manifest(folder)
+    files = [changed if file.name == entry.name else file for file in manifest.files]
+    write_manifest(folder, dataclasses.replace(manifest, files=files))
+    perturbed = train_on_ranks(config(tmp_path / "perturbed", stop_after=24), 4)
+    assert losses(perturbed)[:20] == losses(straight)[:20]
+    assert losses(perturbed)[20:24] != losses(straight)[20:24]
+
+
+def test_a_checkpoint_continues_on_another_layout(store, tmp_path):
+    def config(tensor, zero_stage, **trainer):
+        return tiny_config(
+            tmp_path / "run",
+            store,
+            model=SMALL,
+            parallel={"tensor": tensor},
+            engine={"precision": "fp32", "zero_stage": zero_stage},
+            trainer={"steps": 12} | trainer,
+        )
+
+    straight = train_on_ranks(tiny_config(tmp_path / "one", store, model=SMALL, trainer={"steps": 12}), 1)
+    train_on_ranks(config(2, 3, stop_after=4), 2)
+    train_on_ranks(config(1, 2, stop_after=8), 2)
+    rows = train_on_ranks(config(1, 0), 1)
+    assert losses(rows) == pytest.approx(losses(straight), abs=1e-5)
+
+
+def test_what_a_run_leaves_behind(store, tmp_path):
+    run_dir = tmp_path / "run"
+    config = tiny_config(
+        run_dir,
+        store,
+        model=SMALL,
+        trainer={"steps": 6, "log_every": 4, "eval_every": 3},
+        data={"train": str(store), "validation": [{"path": str(store), "name": "again"}], "sequence_length": 32},
+        checkpoint={"save_every": 2, "keep": 2},
+        engine={"precision": "fp32", "ds_overrides": {"zero_optimization": {"reduce_bucket_size": 1000}}},
+    )
+    rows = train_on_ranks(config, 2)
+    assert {path.name for path in run_dir.iterdir()} == {
+        "checkpoints", "config.yaml", "ds_config.json", "logs", "metrics.jsonl",
+    }  # fmt: skip
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step_00000004", "step_00000006"}
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+    assert read_config(run_dir / "config.yaml") == config
+    ds_config = json.loads((run_dir / "ds_config.json").read_text())
+    assert ds_config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert [row["step"] for row in rows] == [3, 4, 6]
+    assert set(rows[0]) == {"step", "eval/again/loss", "eval/again/perplexity", "eval/again/bits_per_byte"}
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu",
+            "memory_bytes", "skipped_steps"} == set(rows[1])  # fmt: skip
+    assert rows[1]["tokens_seen"] == 4 * 8 * 32
+    assert rows[2]["eval/again/perplexity"] == pytest.approx(math.exp(rows[2]["eval/again/loss"]))
+
+
+def test_a_finished_run_does_nothing_more(store, tmp_path):
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 3})
+    rows = train_on_ranks(config, 1)
+    before = (tmp_path / "run/checkpoints/step_00000003/manifest.json").stat().st_mtime_ns
+    assert train_on_ranks(config, 1) == rows
+    assert (tmp_path / "run/checkpoints/step_00000003/manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(store, tmp_path, capfd):
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 3})
+    train_on_ranks(config, 1)
+    weights = next((tmp_path / "run/checkpoints/step_00000003").glob("weight-*"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code = spawn_ranks(lambda place: train(preflight(config), place), 1)
+    assert code == CheckpointError.exit_code
+    assert "checkpoint.resume=never" in capfd.readouterr().err
+
+
+def never_applied(self, micro_batches, step, learning_rate) -> StepResult:
+    return StepResult(torch.tensor(math.nan), math.nan, False)
+
+
+def test_skipped_steps_are_counted_and_end_the_run(store, tmp_path, monkeypatch, capfd):
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 9, "max_skipped_steps": 4})
+    monkeypatch.setattr(Engine, "train_step", never_applied)
+    code = spawn_ranks(lambda place: train(preflight(config), place), 1)
+    assert code == MegaliteError.exit_code
+    assert "4 steps in a row were skipped" in capfd.readouterr().err
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [1, 2, 3]
