@@ -76,15 +76,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="trained models: gpt3_1_3b or a name from conf/model (default: gpt2_124m gpt3_1_3b)",
     )  # fmt: skip
     parser.add_argument(
-        "--micro-batches", nargs="+", type=int, default=[8, 16, 32, 64, 128], metavar="B",
-        help="sequences at once, growing until memory runs out (default: 8 16 32 64 128)",
+        "--micro-batches", nargs="+", type=int, default=[8, 16, 32, 64], metavar="B",
+        help="sequences at once, growing until memory runs out (default: 8 16 32 64)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each training (default: 20)")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both", help="torch.compile of the blocks")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N, or cpu to try the sweep itself")
     parser.add_argument("--tiny", action="store_true", help="models of two narrow layers, for a trial on a CPU")
     parser.add_argument(
-        "--time-limit", type=float, default=540.0, metavar="SECONDS", help="no new measurement after this (default 540)"
+        "--time-limit", type=float, default=480.0, metavar="SECONDS", help="no new measurement after this (default 480)"
     )
     parser.add_argument(
         "--output", type=Path, default=None, help="JSON file (default: benchmarks/results/gpu_<device>_<date>.json)"
@@ -136,7 +136,7 @@ def print_table(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False, markup=False)
-    machine = next((row for row in report["rows"] if row["part"] == "facts" and "device" in row), {})
+    machine: Row = next((row for row in report["rows"] if row["part"] == "facts" and "device" in row), {})
     table = Table(title=f"{machine.get('device', 'unknown device')}{', tiny models' if report['tiny'] else ''}")
     for heading in ("part", "case", "status", "tokens/s", "MFU", "step ms", "peak GiB"):
         table.add_column(heading, justify="left" if heading in ("part", "case", "status") else "right", no_wrap=True)

@@ -176,7 +176,9 @@ def _check_overrides(deepspeed: Any, ds_config: dict[str, Any], mesh: Mesh) -> N
     try:
         deepspeed.DeepSpeedConfig(ds_config, mesh.mpu)
     except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"engine.ds_overrides: DeepSpeed refuses the settings: {error}") from None
+        raise ConfigError(
+            f"engine.ds_overrides: DeepSpeed refuses the settings: {' '.join(str(error).split())}"
+        ) from None
 
 
 def build_ds_config(config: TrainConfig, mesh: Mesh, precision: str) -> dict[str, Any]:

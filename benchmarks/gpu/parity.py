@@ -120,15 +120,15 @@ def layers(emit: Emit, device_name: str, tiny: bool) -> None:
 
 
 def layer_error(case: LayerCase, vocab_size: int, dtype: str, device: torch.device) -> float:
-    """The worst relative distance of one layer's output and gradients from the CPU in float64."""
+    """The worst relative distance of one layer's output and gradients from the CPU's in float64."""
     generator = torch.Generator().manual_seed(1)
     meta = case.build(single_mesh(CPU).tensor)
     values = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in named_logical_parameters(meta)}
     floats = {name: torch.randn(shape, generator=generator) for name, shape in case.floats.items()}
-    rounded = [{name: t.to(DTYPES[dtype]).double() for name, t in tensors.items()} for tensors in (values, floats)]
+    values, floats = ({name: t.to(DTYPES[dtype]).double() for name, t in ts.items()} for ts in (values, floats))
     ints = {name: torch.randint(vocab_size, shape, generator=generator) for name, shape in case.ints.items()}
-    wanted = _run_layer(case, *rounded, ints, torch.float64, CPU)
-    return worst_distance(_run_layer(case, *rounded, ints, DTYPES[dtype], device), wanted)
+    wanted = _run_layer(case, values, floats, ints, torch.float64, CPU)
+    return worst_distance(_run_layer(case, values, floats, ints, DTYPES[dtype], device), wanted)
 
 
 def _run_layer(
@@ -163,7 +163,7 @@ LLAMA = dataclasses.replace(
 
 def decoder_config(family: str, sizes: Sizes) -> ModelConfig:
     """A decoder of two blocks: `gpt`, or `llama` with grouped heads."""
-    shape = {"vocab_size": min(sizes.V, 2000), "hidden_size": sizes.D, "num_attention_heads": sizes.H}
+    shape: dict[str, Any] = {"vocab_size": min(sizes.V, 2000), "hidden_size": sizes.D, "num_attention_heads": sizes.H}
     if family == "gpt":
         return dataclasses.replace(GPT, **shape)
     return dataclasses.replace(LLAMA, **shape, num_key_value_heads=sizes.G, ffn_hidden_size=3 * sizes.D)
@@ -214,10 +214,10 @@ def run_decoder(
     """Losses and gradients of one training pass in `dtype`; the weights are first rounded to `rounding`."""
     model = build_model(config, single_mesh(device), recompute)
     generator = torch.Generator().manual_seed(1)
-    values = {}
-    for name, parameter in named_logical_parameters(model):
-        noise = torch.randn(parameter.shape, generator=generator) * config.init_std
-        values[name] = noise.to(rounding).double()
+    values = {
+        name: (torch.randn(parameter.shape, generator=generator) * config.init_std).to(rounding).double()
+        for name, parameter in named_logical_parameters(model)
+    }
     load_values(model, values, device, dtype)
     tokens_BS = torch.randint(config.known_vocab_size, (sizes.B, sizes.S), generator=generator)
     labels_BS = tokens_BS.roll(-1, 1)

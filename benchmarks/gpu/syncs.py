@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.facts import pick_device
 from benchmarks.gpu.isolate import Emit
-from benchmarks.gpu.training import TrainingCell, cell_config, prepared_engine
+from benchmarks.gpu.training import TrainingCell, ZeroStage, cell_config, prepared_engine
 
 # Operations whose result, or its size, the host must know.
 _READS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique_consecutive", "_unique2")
@@ -38,7 +38,7 @@ class SyncLog:
 
     def add(self, what: str) -> None:
         """Count one wait at the innermost line of megalite or DeepSpeed on the stack (else the innermost line)."""
-        stack = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+        stack = [frame for frame in traceback.extract_stack() if frame.filename not in (__file__, warnings.__file__)]
         named = [(name, frame) for frame in stack if (name := self._name(frame.filename))]
         name, frame = named[-1] if named else (os.path.basename(stack[-1].filename), stack[-1])
         self.counts[f"{name}:{frame.lineno} {frame.name}", what] += 1
@@ -108,7 +108,7 @@ class _ReadMode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def syncs(emit: Emit, device_name: str, zero_stage: int) -> None:
+def syncs(emit: Emit, device_name: str, zero_stage: ZeroStage) -> None:
     """One row: the waits of one step of a small model with dropout and two micro batches, data and optimizer inside.
 
     Fails where one lies in megalite; DeepSpeed's own check for inf and nan is one that is known.

@@ -56,6 +56,7 @@ FLOPS_FORMULA = (
 WARMUP_STEPS = 5
 STORE_TOKENS = 4_000_000
 MAX_SEQUENCE_LENGTH = 2048  # tokens; models with more positions are trained on shorter sequences
+ZeroStage = Literal[0, 1, 2, 3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TrainingCell:
     model: str
     compiled: bool
     tiny: bool = False
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: ZeroStage = 1
     accumulation: int = 1  # micro batches a step
     dropout: float = 0.0
     precision: Precision = "auto"  # bf16 on a GPU
@@ -82,10 +83,17 @@ def model_config(name: str, tiny: bool) -> ModelConfig:
     config = load_config(ModelConfig, yaml.safe_load(file.read_text()))
     if name == "gpt3_1_3b":
         # GPT-3 XL (Brown et al. 2020, table 2.1) with 16 heads of 128, which make up its width; the table's 24 do not.
-        sizes = {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "max_sequence_length": 2048}
+        sizes: dict[str, Any] = {
+            "num_layers": 24,
+            "hidden_size": 2048,
+            "num_attention_heads": 16,
+            "max_sequence_length": 2048,
+        }
         config = dataclasses.replace(config, **sizes)
     if tiny:
-        grouped = {} if config.num_key_value_heads is None else {"num_key_value_heads": 2, "ffn_hidden_size": 96}
+        grouped: dict[str, Any] = (
+            {} if config.num_key_value_heads is None else {"num_key_value_heads": 2, "ffn_hidden_size": 96}
+        )
         sizes = {"vocab_size": 500, "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
         config = dataclasses.replace(config, **sizes, **grouped, max_sequence_length=32)
     return config

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+import warnings
 
 import deepspeed  # noqa: F401 (slow imports: once, before parts are forked)
 import pytest
@@ -166,11 +167,56 @@ def test_a_host_read_in_the_step_is_found(monkeypatch):
     assert next(place for place in row["where"] if place["where"].startswith("megalite"))["count"] == 1
 
 
+def test_on_cuda_torch_reports_the_waits(monkeypatch):
+    """The recorder's own part, with torch's played: the mode is set and set back, waits are counted where they are."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
+    with syncs.recorded_syncs(torch.device("cuda")) as log:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        torch.cuda.synchronize(0)
+    torch.cuda.synchronize()
+    assert modes == ["warn", 0]
+    assert [(place["count"], place["what"]) for place in log.places] == [
+        (2, "synchronizing operation"),
+        (1, "torch.cuda.synchronize"),
+    ]
+    assert all(place["where"].startswith("test_gpu_sweep.py:") for place in log.places)
+
+
+def test_on_cuda_steps_are_timed_by_events(monkeypatch):
+    class Event:
+        recorded = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.recorded += 1
+            self.at = Event.recorded**2
+
+        def elapsed_time(self, other):
+            return float(other.at - self.at)  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    clock = training._Clock(torch.device("cuda", 0))
+    clock.tick()
+    clock.tick()
+    seconds, _ = clock.stop()
+    assert seconds == pytest.approx([3e-3, 5e-3])
+    assert len(waits) == 2  # before the first tick and after the last
+
+
 def test_a_layer_that_is_wrong_in_one_precision_is_found(monkeypatch):
     layer_norm = F.layer_norm
 
-    def careless(x, *arguments):
-        return layer_norm(x, *arguments) * (1.001 if x.dtype == torch.float32 else 1.0)
+    def careless(x, *arguments, **more):
+        return layer_norm(x, *arguments, **more) * (1.001 if x.dtype == torch.float32 else 1.0)
 
     case = parity.layer_cases(parity.TINY_SIZES)["layernorm"]
     good = parity.layer_error(case, parity.TINY_SIZES.V, "float32", CPU)

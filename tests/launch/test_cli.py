@@ -227,9 +227,12 @@ def test_version(capsys):
 )
 def test_a_reader_that_goes_away_is_no_error(folder, arguments, reader, shown):
     command = f"{sys.executable} -m megalite.launch.cli {arguments} | {reader}"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=folder, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (141, "")
-    assert done.stdout.startswith(shown)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode in ((141,) if reader == "true" else (0, 141))  # head may read everything at once
+    assert (done.stderr, done.stdout[: len(shown)]) == ("", shown)
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "report"])
