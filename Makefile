@@ -27,6 +27,7 @@ $(SAMPLE)/store/build_report.json: $(SAMPLE)/tokenizer/tokenizer.model
 
 $(SAMPLE)/tokenizer/tokenizer.model: $(CORPUS) | $(VENV)/core
 	$(BIN)/megalite tokenizer train input=$(CORPUS) output=$(SAMPLE)/tokenizer tokenizer.vocab_size=4096 \
+	  tokenizer.character_coverage=0.95 tokenizer.language_balance=0.5 \
 	  reader.language_column=language reader.split_column=split split=train overwrite=true
 
 test: $(VENV)/dev lint

@@ -1,7 +1,7 @@
 """Start ranks on this machine: the only place in the project that starts processes of a training run.
 
-Ranks are forked from a parent that has done the slow imports (torch and DeepSpeed take seconds) and has touched no
-device, and meet through a file, so no port is taken.
+Ranks are forked from a parent that has done the slow imports and has touched no device (importing DeepSpeed would where
+there is a GPU, so there each rank imports it). They meet through a file, so no port is taken.
 """
 
 import ctypes

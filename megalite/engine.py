@@ -3,6 +3,8 @@
 Only this room imports DeepSpeed; `checkpoint/` reaches it through the engine.
 """
 
+import contextlib
+import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -67,13 +69,11 @@ class Engine:
         if config.engine.compile:
             model.compile_blocks()
         self.model: Decoder = model
-        self.ds, self.optimizer, _, _ = self.deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(config.optimizer, model.parameters()),
-            config=self.ds_config,
-            mpu=mesh.mpu,
-            dist_init_required=False,
-        )
+        optimizer = build_optimizer(config.optimizer, model.parameters())
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints tables of memory use
+            self.ds, self.optimizer, _, _ = self.deepspeed.initialize(
+                model=model, optimizer=optimizer, config=self.ds_config, mpu=mesh.mpu, dist_init_required=False
+            )
         self._dropout = config.model.dropout > 0
 
     @property

@@ -72,12 +72,11 @@ def _pick_device(place: Place) -> torch.device:
 
 def _start_process_group(place: Place, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if place.init_method is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
+    alone = place.init_method is None
     dist.init_process_group(
         backend,
         init_method=place.init_method,
+        store=dist.HashStore() if alone else None,
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(minutes=30),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalite.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
-from megalite.config.compose import config_values
 from megalite.config.schema import TrainConfig
 from megalite.data.format import TokenStore
 from megalite.data.loader import BlendedDataset, Loader
@@ -18,8 +17,7 @@ from megalite.mesh import Mesh
 from megalite.metrics.accumulator import LossMeter
 from megalite.metrics.evaluation import evaluate_store
 from megalite.metrics.hardware import memory_bytes, mfu
-from megalite.metrics.progress import build_progress
-from megalite.metrics.sinks import build_sinks
+from megalite.metrics.recorder import Recorder
 from megalite.models import flops_per_token
 from megalite.objectives import build_objective
 from megalite.optim import learning_rate
@@ -57,44 +55,30 @@ class Trainer:
 
     def run(self) -> None:
         """Train until `trainer.stop_after` or the end, log, evaluate and save on the way."""
-        is_main = self.mesh.rank == 0
-        config = config_values(self.config)
-        sinks = (
-            build_sinks(self.config.logging, self.run_dir, self.config.run_name, self.counters.step, config)
-            if is_main
-            else []
-        )
-        progress = (
-            build_progress(self.config.trainer.steps, self.counters.step, self.mesh.world_size) if is_main else None
-        )
+        recorder = Recorder(self.config, self.mesh, self.counters.step)
         self._logged_at, self._logged_step = time.perf_counter(), self.counters.step
         try:
             while self.counters.step < self.last_step:
                 result = self._step()
-                if progress:
-                    progress.advance()
+                recorder.advance()
                 row = self._training_row(result) if self._is_due(self.config.trainer.log_every) else {}
                 if self._is_due(self.config.trainer.eval_every):
                     row |= self._evaluate()
                 if row:
-                    for sink in sinks:
-                        sink.log(self.counters.step, row)
-                    if progress:
-                        progress.log(self.counters.step, row)
+                    recorder.log(self.counters.step, row)
                 # After the row: a run killed in between repeats the step and its row, and loses neither.
                 if self._is_due(self.config.checkpoint.save_every):
                     self._save()
         finally:
-            if progress:
-                progress.close()
-            for sink in sinks:
-                sink.close()
+            recorder.close()
 
     def _step(self) -> StepResult:
         """One optimizer step over the global batch."""
         step, trainer = self.counters.step, self.config.trainer
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, step, trainer.steps)
-        batches = [self.objective.batch(samples) for samples in self.loader.micro_batches(step)]
+        # To the device first: cutting a pinned tensor on the host would make copies that are not pinned.
+        samples = [ids_BS.to(self.mesh.device, non_blocking=True) for ids_BS in self.loader.micro_batches(step)]
+        batches = [self.objective.batch(ids_BS) for ids_BS in samples]
         result = self.engine.train_step(batches, step, rate)
         self.meter.add(result.loss)
         self._count(result)
@@ -173,7 +157,8 @@ class Trainer:
         stores = [(TokenStore.open(store.path), store.weight) for store in config.data.train]
         dataset = BlendedDataset(stores, config.data.sequence_length, config.seed)
         trainer = config.trainer
-        return Loader(dataset, trainer.global_batch_size, trainer.micro_batch_size, data.rank, data.size)
+        pin = self.mesh.device.type == "cuda"
+        return Loader(dataset, trainer.global_batch_size, trainer.micro_batch_size, data.rank, data.size, pin)
 
     def _write_descriptions(self) -> None:
         """What a person, or a later command, wants beside the checkpoints: DeepSpeed's settings and the tokenizer."""

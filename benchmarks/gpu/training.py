@@ -145,8 +145,10 @@ class Run:
     def train_step(self, step: int, micro_batch_size: int) -> StepResult:
         """One step as the trainer does it: samples from the store, batch, forward, backward, update."""
         count = self.config.trainer.global_batch_size * micro_batch_size
-        loader = Loader(self.dataset, count, micro_batch_size, data_rank=0, data_size=1)
-        batches = [self.objective.batch(samples) for samples in loader.micro_batches(step)]
+        device = self.engine.mesh.device
+        loader = Loader(self.dataset, count, micro_batch_size, data_rank=0, data_size=1, pin=device.type == "cuda")
+        samples = [ids_BS.to(device, non_blocking=True) for ids_BS in loader.micro_batches(step)]
+        batches = [self.objective.batch(ids_BS) for ids_BS in samples]
         return self.engine.train_step(batches, step, self.config.optimizer.lr)
 
 

@@ -52,9 +52,18 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: BlendedDataset, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
+        self,
+        dataset: BlendedDataset,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        pin: bool = False,
     ):
-        """Batch sizes in sequences. Raises `ConfigError` when G is not a multiple of B * data_size."""
+        """Batch sizes in sequences; `pin` puts batches where a GPU copies them without blocking the host.
+
+        Raises `ConfigError` when G is not a multiple of B * data_size.
+        """
         if global_batch_size % (micro_batch_size * data_size):
             raise ConfigError(
                 f"trainer.global_batch_size {global_batch_size} is not a multiple of trainer.micro_batch_size "
@@ -65,7 +74,7 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.data_rank = data_rank
         self.data_size = data_size
-        self._pin = torch.cuda.is_available()  # a pinned batch is copied to the device without blocking the host
+        self._pin = pin
 
     def micro_batches(self, step: int) -> list[torch.Tensor]:
         """The micro batches of one step, each [B, S + 1] int64 on the host."""

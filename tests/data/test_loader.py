@@ -61,8 +61,13 @@ def test_layouts_see_the_same_global_batch(dataset, micro, data_size):
         np.testing.assert_array_equal(torch.cat(together).numpy(), expected)
 
 
-def test_batches_are_pinned_where_a_gpu_takes_them(dataset):
-    assert Loader(dataset, 4, 4, 0, 1).micro_batches(0)[0].is_pinned() == torch.cuda.is_available()
+def test_batches_are_pinned_when_asked(dataset, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    Loader(dataset, 4, 4, 0, 1).micro_batches(0)
+    assert not pinned
+    Loader(dataset, 4, 4, 0, 1, pin=True).micro_batches(0)
+    assert len(pinned) == 1
 
 
 def test_batch_that_does_not_divide(dataset):
