@@ -1,0 +1,104 @@
+"""Sampling: the choice of a token, and whole texts from a run directory."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from megalite.config.schema import EvaluateConfig, GenerateConfig, ModelConfig, StoreConfig
+from megalite.errors import CheckpointError, ConfigError
+from megalite.evaluate import evaluate
+from megalite.generate import generate, pick_token, sample_tokens
+from megalite.mesh import single_mesh
+from megalite.models import build_model, materialize
+from tests.runs import tiny_config, train_on_ranks, write_store
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
+CPU = torch.device("cpu")
+
+
+def config_of(**keys) -> GenerateConfig:
+    return GenerateConfig(run_dir="unused", **keys)
+
+
+def drawn(count: int = 400, **keys) -> Counter:
+    generator = torch.Generator().manual_seed(0)
+    return Counter(pick_token(LOGITS.clone(), config_of(**keys), generator) for _ in range(count))
+
+
+def test_temperature_zero_is_the_likeliest():
+    assert drawn(temperature=0.0) == {1: 400}
+
+
+def test_frequencies_follow_the_softmax_at_the_temperature():
+    counts, probabilities = drawn(4000, temperature=2.0), (LOGITS / 2.0).softmax(-1)
+    for token, probability in enumerate(probabilities.tolist()):
+        assert counts[token] / 4000 == pytest.approx(probability, abs=0.03)
+
+
+def test_top_k_keeps_k():
+    assert set(drawn(top_k=2)) == {1, 2}
+    assert set(drawn(4000, top_k=4)) == {0, 1, 2, 3}
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    # Probabilities 0.087, 0.645, 0.237, 0.032 (softmax of the logits).
+    assert set(drawn(top_p=0.5)) == {1}
+    assert set(drawn(top_p=0.7)) == {1, 2}
+    assert set(drawn(4000, top_p=1.0)) == {0, 1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(vocab_size=50, max_sequence_length=24, num_layers=2, hidden_size=32, num_attention_heads=4)
+    model = build_model(config, single_mesh(CPU))
+    materialize(model, single_mesh(CPU), seed=3)
+    return model.eval()
+
+
+def texts(model, prompt, end=49, longest=24, **keys) -> list[int]:
+    config = config_of(**keys)
+    return list(sample_tokens(model, prompt, end, longest, config, torch.Generator().manual_seed(config.seed)))
+
+
+def test_the_cache_gives_what_reading_everything_again_gives(model):
+    found = texts(model, [5, 6, 7], temperature=0.0, max_new_tokens=12, end=-1)
+    tokens = [5, 6, 7]
+    for _ in range(12):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert found == tokens[3:]
+
+
+def test_the_same_seed_repeats_and_another_differs(model):
+    assert texts(model, [5], seed=1, max_new_tokens=15) == texts(model, [5], seed=1, max_new_tokens=15)
+    assert texts(model, [5], seed=1, max_new_tokens=15) != texts(model, [5], seed=2, max_new_tokens=15)
+
+
+def test_generation_stops_at_the_end_of_the_document_and_of_the_positions(model):
+    first = texts(model, [5, 6], temperature=0.0, max_new_tokens=1, end=-1)[0]
+    assert texts(model, [5, 6], temperature=0.0, end=first) == []
+    assert len(texts(model, [5] * 20, end=-1, max_new_tokens=100)) == 4
+
+
+def test_a_run_is_evaluated_as_it_was_in_training(tmp_path):
+    store = write_store(tmp_path / "words")
+    data = {"train": str(store), "validation": [str(store)], "sequence_length": 32}
+    model = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300, "max_sequence_length": 64}
+    config = tiny_config(tmp_path / "run", store, model=model, data=data, trainer={"steps": 3})
+    last = train_on_ranks(config, 1)[-1]
+    found = evaluate(EvaluateConfig(run_dir=str(tmp_path / "run")))
+    assert found == pytest.approx({key: value for key, value in last.items() if key.startswith("eval/")}, rel=1e-5)
+    named = evaluate(EvaluateConfig(run_dir=str(tmp_path / "run"), data=(StoreConfig(path=str(store), name="x"),)))
+    assert named["eval/x/loss"] == pytest.approx(found["eval/words/loss"])
+
+
+def test_what_cannot_be_opened_is_one_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
+        next(generate(GenerateConfig(run_dir=str(tmp_path))))
+    store = write_store(tmp_path / "words")
+    config = tiny_config(tmp_path / "run", store, trainer={"steps": 1})
+    from megalite.config.compose import save_config
+
+    save_config(config, tmp_path / "run/config.yaml")
+    with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
+        next(generate(GenerateConfig(run_dir=str(tmp_path / "run"))))
