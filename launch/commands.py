@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from megalite.config.compose import compose_config, compose_train, config_yaml, read_config, save_config
+from megalite.config.compose import compose_config, compose_train, config_yaml, read_config
 from megalite.config.place import Place, count_gpus
 from megalite.config.schema import EvaluateConfig, GenerateConfig
 from megalite.config.validate import validate_train
@@ -17,7 +17,7 @@ from .spawn import spawn_ranks
 
 
 def train(arguments: list[str]) -> int:
-    """Train a model: compose, check, freeze into run_dir/config.yaml, start the local ranks."""
+    """Train a model: compose, check, start the local ranks, which freeze it into run_dir/config.yaml."""
     setup_logging()
     config = compose_train([argument for argument in arguments if argument != "--cfg"])
     num_gpus = count_gpus()
@@ -29,7 +29,6 @@ def train(arguments: list[str]) -> int:
         return EXIT_OK
     config = preflight(config)
     validate_train(config, world_size, device)  # again, now that model.vocab_size is known
-    save_config(config, Path(config.run_dir) / "config.yaml")
     if world_size > 1 and not num_gpus:
         # Read when torch is imported, below: ranks share the cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))

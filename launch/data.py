@@ -10,17 +10,22 @@ from megalite.errors import ConfigError
 def build(argv: Sequence[str]) -> int:
     """Tokenise text files into token stores: output/{train,validation}/<source>/."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from megalite.data_tools.building import build_store
 
     report = build_store(compose_config("data_build", DataBuildConfig, argv))
-    table = Table("store", title=f"token stores in {report.output}")
+    table = Table("store", title=escape(f"token stores in {report.output}"))
     for heading in ("documents", "tokens", "bytes", "bytes per token"):
         table.add_column(heading, justify="right")
     for name, store in report.stores.items():
         table.add_row(
-            name, f"{store.documents:,}", f"{store.tokens:,}", f"{store.bytes:,}", f"{store.bytes_per_token:.2f}"
+            escape(name),
+            f"{store.documents:,}",
+            f"{store.tokens:,}",
+            f"{store.bytes:,}",
+            f"{store.bytes_per_token:.2f}",
         )
     console = Console()
     console.print(table)
@@ -49,6 +54,7 @@ def inspect(argv: Sequence[str]) -> int:
     `store=` as for `verify`; `documents=3`: so many of each store are printed.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.rule import Rule
 
     from megalite.data.format import TokenStore
@@ -62,12 +68,13 @@ def inspect(argv: Sequence[str]) -> int:
         store = TokenStore.open(path)
         manifest = store.manifest
         name, digest = (manifest.tokenizer.name, manifest.tokenizer.digest) if manifest.tokenizer else ("none", "-")
-        console.print(Rule(str(path)))
+        console.print(Rule(escape(str(path))))
         console.print(
             f"source {manifest.source}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
             f"{manifest.num_bytes:,} bytes of text, {len(manifest.shards)} shards of {manifest.dtype}\n"
             f"tokenizer {name} with {manifest.vocab_size:,} entries, digest {digest}",
             highlight=False,
+            markup=False,
         )
         for document in inspect_documents(store, int(keys["documents"])):
             console.print(Rule(f"document {document.index}: {document.num_tokens} tokens, {document.num_bytes} bytes"))

@@ -50,13 +50,14 @@ class Manifest:
     """Everything about a checkpoint but the tensors' values."""
 
     step: int  # optimizer steps taken, skipped ones included
-    samples_consumed: int  # the position in the closed-form order
+    samples_consumed: int  # the position in the closed-form order: the next step begins with this sample
     tokens_seen: int
     skipped_steps: int
     optimizer_step: int  # Adam's count, which skipped steps do not advance
     loss_scaler: dict[str, float]  # fp16's dynamic loss scale; empty otherwise
     seed: int  # all random streams are keyed by it and the step: no generator state is needed
     config: dict[str, Any]
+    stores: list[str]  # digests of the training stores, in the order of data.train
     topology: dict[str, Any]  # the layout that saved; nothing depends on it
     versions: dict[str, str]
     files: list[FileEntry]
@@ -116,6 +117,17 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     (checkpoints / f"{LATEST}.tmp").replace(checkpoints / LATEST)
     _sync_folder(checkpoints)
     return final
+
+
+def set_aside_newer(checkpoints: Path, step: int) -> None:
+    """Rename checkpoints above `step`, so that a run which starts again below them is not mistaken for theirs.
+
+    Nothing is deleted; the new names say what the folders are and are no checkpoints' names.
+    """
+    for folder in list_checkpoints(checkpoints):
+        if int(folder.name[5:]) > step:
+            aside = folder.rename(checkpoints / f"superseded-{folder.name}-{uuid.uuid4().hex[:8]}")
+            log.warning("%s belongs to an earlier run in this directory; it is kept as %s", folder, aside.name)
 
 
 def prune(checkpoints: Path, keep: int) -> None:

@@ -56,7 +56,7 @@ def pick_token(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.
     """
     if config.temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V.float() / config.temperature
+    logits_V = (logits_V.float() - logits_V.max()) / config.temperature  # at most 0: no temperature overflows
     if config.top_k is not None and config.top_k < len(logits_V):
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(config.top_k).values[-1], float("-inf"))
     probabilities_V = logits_V.softmax(-1)

@@ -28,7 +28,7 @@ def preflight(config: TrainConfig) -> TrainConfig:
     stores += [_open("data.validation", store) for store in config.data.validation]
     _check_tokenizers(stores)
     config = _with_vocab_size(config, stores)
-    _check_checkpoint(config)
+    _check_checkpoint(config, [store.digest for store in stores[: len(config.data.train)]])
     return config
 
 
@@ -81,7 +81,7 @@ def _with_vocab_size(config: TrainConfig, stores: list[TokenStore]) -> TrainConf
     return config
 
 
-def _check_checkpoint(config: TrainConfig) -> None:
+def _check_checkpoint(config: TrainConfig, digests: list[str]) -> None:
     """Stop now, not after minutes of start-up, when the run could not continue with this configuration."""
     resume = config.checkpoint.resume
     if resume == "never":
@@ -94,10 +94,15 @@ def _check_checkpoint(config: TrainConfig) -> None:
     else:
         folder = Path(resume)
     try:
-        saved = read_manifest(folder).config
+        manifest = read_manifest(folder)
     except CheckpointError:
         if resume == "auto":
             return  # the ranks fall back to an older one, or say what is wrong
         raise
-    for note in check_changes(saved, config_values(config), config.checkpoint.allow_changes):
+    for note in check_changes(manifest.config, config_values(config), config.checkpoint.allow_changes):
         log.info("continuing from %s with %s", folder.name, note)
+    if manifest.stores != digests and "data.train" not in config.checkpoint.allow_changes:
+        raise CheckpointError(
+            f"data.train: the stores are not those that {folder} was trained on: they were built again since then; "
+            "restore them, or allow the change with checkpoint.allow_changes=[data.train]"
+        )

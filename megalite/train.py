@@ -12,7 +12,8 @@ from megalite.config.compose import compose_train, config_digest, config_values,
 from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import TrainConfig
 from megalite.config.validate import validate_train
-from megalite.errors import ConfigError, MegaliteError
+from megalite.errors import ConfigError, MegaliteError, ResourceError
+from megalite.guard.lock import RunLock
 from megalite.log import get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
@@ -31,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         validate_train(config, place.world_size)
         train(preflight(config), place)
     except MegaliteError as error:
-        if place.rank == 0:
+        # All ranks find the same fault in the configuration; one in its machine only the rank that is there finds.
+        if place.rank == 0 or isinstance(error, ResourceError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
@@ -44,9 +46,10 @@ def train(config: TrainConfig, place: Place) -> None:
         # Ranks that fight for cores are slower than ranks that share them.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
     validate_train(config, place.world_size, device.type)
+    run_dir = Path(config.run_dir)
+    lock = RunLock(run_dir) if place.rank == 0 else None
     _start_process_group(place, device)
     try:
-        run_dir = Path(config.run_dir)
         if place.rank == 0:
             save_config(config, run_dir / "config.yaml")
             (run_dir / "logs").mkdir(exist_ok=True)
@@ -56,13 +59,15 @@ def train(config: TrainConfig, place: Place) -> None:
         Trainer(config, mesh).run()
     finally:
         dist.destroy_process_group()
+        if lock:
+            lock.close()
 
 
 def _pick_device(place: Place) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if place.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        raise ResourceError(
             f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} are visible; start fewer processes "
             "(launch.nproc_per_node, or your launcher's option) or check CUDA_VISIBLE_DEVICES"
         )

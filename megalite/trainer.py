@@ -3,10 +3,10 @@
 import json
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from megalite.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
+from megalite.checkpoint import Counters, agree_on_checkpoint, load_checkpoint, save_checkpoint
+from megalite.checkpoint_format import set_aside_newer
 from megalite.config.schema import TrainConfig
 from megalite.data.format import TokenStore
 from megalite.data.loader import BlendedDataset, Loader
@@ -25,16 +25,6 @@ from megalite.optim import learning_rate
 log = get_logger(__name__)
 
 
-@dataclass
-class Counters:
-    """How far the run is; what a checkpoint brings back besides tensors."""
-
-    step: int = 0
-    tokens_seen: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-
-
 class Trainer:
     """One run on one rank."""
 
@@ -49,6 +39,8 @@ class Trainer:
         self.validation = [(store.source, TokenStore.open(store.path)) for store in config.data.validation]
         self.counters = self._resume()
         self.last_step = min(config.trainer.steps, config.trainer.stop_after or config.trainer.steps)
+        if self.counters.step >= self.last_step:
+            log.info("the run stands at step %d of %d: nothing to do", self.counters.step, self.last_step)
         self.meter = LossMeter(mesh.device)
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._write_descriptions()
@@ -77,7 +69,8 @@ class Trainer:
         step, trainer = self.counters.step, self.config.trainer
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, step, trainer.steps)
         # To the device first: cutting a pinned tensor on the host would make copies that are not pinned.
-        samples = [ids_BS.to(self.mesh.device, non_blocking=True) for ids_BS in self.loader.micro_batches(step)]
+        micro_batches = self.loader.micro_batches(self.counters.samples_consumed)
+        samples = [ids_BS.to(self.mesh.device, non_blocking=True) for ids_BS in micro_batches]
         batches = [self.objective.batch(ids_BS) for ids_BS in samples]
         result = self.engine.train_step(batches, step, rate)
         self.meter.add(result.loss)
@@ -88,6 +81,7 @@ class Trainer:
     def _count(self, result: StepResult) -> None:
         counters, trainer = self.counters, self.config.trainer
         counters.step += 1
+        counters.samples_consumed += trainer.global_batch_size
         counters.tokens_seen += trainer.global_batch_size * self.config.data.sequence_length
         if result.applied:
             counters.skipped_in_a_row = 0
@@ -138,8 +132,7 @@ class Trainer:
 
     def _save(self) -> None:
         started = time.perf_counter()
-        counters = self.counters
-        folder = save_checkpoint(self.engine, self.run_dir, counters.step, counters.tokens_seen, counters.skipped_steps)
+        folder = save_checkpoint(self.engine, self.run_dir, self.counters)
         log.info("saved %s", folder)
         self._logged_at += time.perf_counter() - started
 
@@ -147,16 +140,27 @@ class Trainer:
         folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir, self.mesh)
         if folder is None:
             self.engine.init_weights()
-            return Counters()
-        manifest = load_checkpoint(self.engine, folder)
-        log.info("continuing from %s", folder)
-        return Counters(manifest.step, manifest.tokens_seen, manifest.skipped_steps)
+            counters = Counters()
+        else:
+            counters = load_checkpoint(self.engine, folder)
+            log.info("continuing from %s", folder)
+        if self.mesh.rank == 0:
+            set_aside_newer(self.run_dir / "checkpoints", counters.step)
+        return counters
 
     def _build_loader(self) -> Loader:
         config, data = self.config, self.mesh.data
         stores = [(TokenStore.open(store.path), store.weight) for store in config.data.train]
         dataset = BlendedDataset(stores, config.data.sequence_length, config.seed)
         trainer = config.trainer
+        if sum(dataset.num_windows) < trainer.global_batch_size:
+            log.warning(
+                "the training stores hold %d windows of %d tokens, fewer than trainer.global_batch_size=%d: every step "
+                "repeats some",
+                sum(dataset.num_windows),
+                config.data.sequence_length,
+                trainer.global_batch_size,
+            )
         pin = self.mesh.device.type == "cuda"
         return Loader(dataset, trainer.global_batch_size, trainer.micro_batch_size, data.rank, data.size, pin)
 

@@ -27,7 +27,8 @@ from megalite.errors import CheckpointError
 def manifest(step, files=(), **changes):
     values = dict(
         step=step, samples_consumed=32 * step, tokens_seen=1000 * step, skipped_steps=1, optimizer_step=step - 1,
-        loss_scaler={"cur_scale": 2.0}, seed=7, config={"seed": 7}, topology={"tensor": 2}, versions={"torch": "2"},
+        loss_scaler={"cur_scale": 2.0}, seed=7, config={"seed": 7}, stores=["abc"], topology={"tensor": 2},
+        versions={"torch": "2"},
         files=list(files),
     )  # fmt: skip
     return Manifest(**values | changes)

@@ -8,6 +8,7 @@ import pytest
 
 from megalite.checkpoint_format import Manifest, commit, create_temporary
 from megalite.config.compose import compose_train, config_values
+from megalite.data.format import TokenStore
 from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.preflight import preflight
 from tests.stores import make_store
@@ -186,6 +187,7 @@ def save(config, step):
         loss_scaler={},
         seed=config.seed,
         config=json.loads(json.dumps(values)),
+        stores=[TokenStore.open(store.path).digest for store in config.data.train],
         topology={},
         versions={},
         files=[],

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
-from shutil import copytree
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_stop_and_resume_is_the_straight_run_bit_for_bit(precision, zero_stage, 
 
 def perturbed_is_seen(config, straight, tmp_path) -> None:
     """One element of one moment differs in the checkpoint: the losses after it differ too."""
-    copytree(tmp_path / "resumed", tmp_path / "perturbed")
+    shutil.copytree(tmp_path / "resumed", tmp_path / "perturbed")
     folder = tmp_path / "perturbed/checkpoints/step_00000020"
     entry = next(entry for entry in read_manifest(folder).files if entry.kind == "exp_avg")
     tensors = load_file(folder / entry.name)
@@ -109,6 +109,7 @@ def test_what_a_run_leaves_behind(store, tmp_path):
     rows = train_on_ranks(config, 2)
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "config.yaml", "ds_config.json", "logs", "metrics.jsonl",
+        "run.lock",
     }  # fmt: skip
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step_00000004", "step_00000006"}
     assert {path.name for path in (run_dir / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
@@ -129,6 +130,42 @@ def test_a_finished_run_does_nothing_more(store, tmp_path):
     before = (tmp_path / "run/checkpoints/step_00000003/manifest.json").stat().st_mtime_ns
     assert train_on_ranks(config, 1) == rows
     assert (tmp_path / "run/checkpoints/step_00000003/manifest.json").stat().st_mtime_ns == before
+
+
+def test_starting_over_sets_the_old_checkpoints_aside(store, tmp_path):
+    def config(resume="auto", **trainer):
+        checkpoint = {"save_every": 2, "keep": 2, "resume": resume}
+        return tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 8} | trainer, checkpoint=checkpoint)
+
+    train_on_ranks(config(), 1)
+    train_on_ranks(config(resume="never", stop_after=4), 1)
+    names = sorted(path.name[:24] for path in (tmp_path / "run/checkpoints").iterdir() if path.is_dir())
+    assert names == ["step_00000002", "step_00000004", "superseded-step_00000006", "superseded-step_00000008"]
+    assert [row["step"] for row in train_on_ranks(config(stop_after=5), 1)] == [1, 2, 3, 4, 5]
+
+
+def test_another_batch_size_goes_on_at_the_next_sample(store, tmp_path):
+    """Four steps of 8, then of 4: the position counts samples, not steps."""
+    first = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 8, "stop_after": 4})
+    train_on_ranks(first, 1)
+    allowed = {"allow_changes": ["trainer.global_batch_size"]}
+    smaller = {"steps": 8, "global_batch_size": 4}
+    rows = train_on_ranks(tiny_config(tmp_path / "run", store, model=SMALL, trainer=smaller, checkpoint=allowed), 1)
+    assert rows[-1]["tokens_seen"] == (4 * 8 + 4 * 4) * 32
+    manifest = read_manifest(tmp_path / "run/checkpoints/step_00000008")
+    assert manifest.samples_consumed == 4 * 8 + 4 * 4
+
+
+def test_a_store_built_again_is_noticed(tmp_path):
+    store = write_store(tmp_path / "words")
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 8, "stop_after": 2})
+    train_on_ranks(config, 1)
+    shutil.rmtree(store)
+    write_store(store, seed=1)
+    with pytest.raises(CheckpointError, match=r"data\.train: the stores are not those"):
+        preflight(config)
+    allowed = {"allow_changes": ["data.train"]}
+    preflight(tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 8}, checkpoint=allowed))
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_over(store, tmp_path, capfd):

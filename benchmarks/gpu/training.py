@@ -147,7 +147,7 @@ class Run:
         count = self.config.trainer.global_batch_size * micro_batch_size
         device = self.engine.mesh.device
         loader = Loader(self.dataset, count, micro_batch_size, data_rank=0, data_size=1, pin=device.type == "cuda")
-        samples = [ids_BS.to(device, non_blocking=True) for ids_BS in loader.micro_batches(step)]
+        samples = [ids_BS.to(device, non_blocking=True) for ids_BS in loader.micro_batches(step * count)]
         batches = [self.objective.batch(ids_BS) for ids_BS in samples]
         return self.engine.train_step(batches, step, self.config.optimizer.lr)
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from megalite.checkpoint.counters import Counters
 from megalite.checkpoint.engine_state import create_moments, set_loss_scaler, set_tensor
 from megalite.checkpoint_format import KINDS, Manifest, choose_checkpoint, read_manifest
 from megalite.engine import Engine
@@ -33,8 +34,8 @@ def agree_on_checkpoint(resume: str, run_dir: Path, mesh: Mesh) -> Path | None:
     return box[0]
 
 
-def load_checkpoint(engine: Engine, folder: Path) -> Manifest:
-    """Fill weights, moments and counters of `engine` from a verified checkpoint; returns its manifest."""
+def load_checkpoint(engine: Engine, folder: Path) -> Counters:
+    """Fill weights and moments of `engine` from a verified checkpoint; returns how far the run was."""
     manifest = read_manifest(folder)
     reader = TensorReader(folder, manifest)
     create_moments(engine, manifest.optimizer_step)
@@ -44,7 +45,7 @@ def load_checkpoint(engine: Engine, folder: Path) -> Manifest:
             local = parameter.shard.slice(full, engine.mesh.tensor.rank, engine.mesh.tensor.size)  # type: ignore[attr-defined]
             set_tensor(engine, parameter, kind, local)
     set_loss_scaler(engine, manifest.loss_scaler)
-    return manifest
+    return Counters(manifest.step, manifest.samples_consumed, manifest.tokens_seen, manifest.skipped_steps)
 
 
 def load_model(model: torch.nn.Module, folder: Path, mesh: Mesh) -> Manifest:

@@ -9,24 +9,26 @@ import torch.distributed as dist
 from safetensors.torch import save as serialize
 
 import megalite
+from megalite.checkpoint.counters import Counters
 from megalite.checkpoint.engine_state import get_loss_scaler, get_tensor, link_moments, optimizer_step
 from megalite.checkpoint_format import KINDS, FileEntry, Manifest, commit, create_temporary, prune, write_file
 from megalite.config.compose import config_values
+from megalite.data.format import TokenStore
 from megalite.engine import Engine
 from megalite.errors import CheckpointError
 
 FILE_BYTES = 512 << 20  # a file is closed when the next tensor would take it above this
 
 
-def save_checkpoint(engine: Engine, run_dir: Path, step: int, tokens_seen: int, skipped_steps: int) -> Path:
-    """Write `run_dir/checkpoints/step_<step>` from all ranks together; returns its path.
+def save_checkpoint(engine: Engine, run_dir: Path, counters: Counters) -> Path:
+    """Write `run_dir/checkpoints/step_<counters.step>` from all ranks together; returns its path.
 
     Memory on a rank: one file (`FILE_BYTES`, or one larger tensor) and its serialized copy. Raises `CheckpointError` on
     every rank when any rank could not write; the checkpoints already there are untouched.
     """
     checkpoints = run_dir / "checkpoints"
     rank = engine.mesh.rank
-    temporary = Path(_from_rank_0(str(create_temporary(checkpoints, step)) if rank == 0 else None))
+    temporary = Path(_from_rank_0(str(create_temporary(checkpoints, counters.step)) if rank == 0 else None))
     link_moments(engine)
     entries: list[FileEntry] = []
     error: str | None = None
@@ -47,7 +49,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, tokens_seen: int, 
         raise CheckpointError("; ".join(errors))
     final = None
     if rank == 0:
-        manifest = _manifest(engine, step, tokens_seen, skipped_steps, files)
+        manifest = _manifest(engine, counters, files)
         final = str(commit(temporary, manifest))
         prune(checkpoints, engine.config.checkpoint.keep)
     return Path(_from_rank_0(final))
@@ -87,16 +89,17 @@ def _write(folder: Path, name: str, kind: str, tensors: dict[str, torch.Tensor])
     return FileEntry(name=name, kind=kind, num_bytes=len(content), digest=digest, tensors=shapes)
 
 
-def _manifest(engine: Engine, step: int, tokens_seen: int, skipped_steps: int, files: list[FileEntry]) -> Manifest:
+def _manifest(engine: Engine, counters: Counters, files: list[FileEntry]) -> Manifest:
     return Manifest(
-        step=step,
-        samples_consumed=step * engine.config.trainer.global_batch_size,
-        tokens_seen=tokens_seen,
-        skipped_steps=skipped_steps,
+        step=counters.step,
+        samples_consumed=counters.samples_consumed,
+        tokens_seen=counters.tokens_seen,
+        skipped_steps=counters.skipped_steps,
         optimizer_step=optimizer_step(engine),
         loss_scaler=get_loss_scaler(engine),
         seed=engine.config.seed,
         config=config_values(engine.config),
+        stores=[TokenStore.open(store.path).digest for store in engine.config.data.train],
         topology={
             "world_size": engine.mesh.world_size,
             "tensor": engine.mesh.tensor.size,

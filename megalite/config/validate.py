@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megalite.config.schema import EngineConfig, ModelConfig, Precision, TrainConfig
+from megalite.config.schema import EngineConfig, ModelConfig, Precision, StoreConfig, TrainConfig
 from megalite.errors import ConfigError
 
 # The vocabulary is padded to this multiple whatever the tensor-parallel size, so the padded shape never depends on it.
@@ -224,6 +224,13 @@ def _optimizer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         yield "schedule.warmup_steps: found 0, inverse_sqrt decays from the end of its warm-up and needs at least 1"
 
 
+def same_source_rules(key: str, stores: Sequence[StoreConfig]) -> Iterator[str]:
+    """Figures are reported by source: two stores of the same name would hide one another."""
+    sources = [store.source for store in stores]
+    for source in sorted({source for source in sources if sources.count(source) > 1}):
+        yield f"{key}: two stores are reported as {source!r}; give one of them another name"
+
+
 def _data_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     data, model = config.data, config.model
     if not data.train:
@@ -234,9 +241,7 @@ def _data_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
                 yield f"data.{key}[{i}].path: is empty, name a token store"
             if not _is_positive(store.weight):
                 yield f"data.{key}[{i}].weight: found {store.weight}, must be above 0"
-    sources = [store.source for store in data.validation]
-    for source in sorted({source for source in sources if sources.count(source) > 1}):
-        yield f"data.validation: two stores are reported as {source!r}; give one of them another name"
+    yield from same_source_rules("data.validation", data.validation)
     if data.sequence_length < 1:
         yield f"data.sequence_length: found {data.sequence_length}, must be at least 1"
     elif data.sequence_length > model.max_sequence_length:

@@ -12,6 +12,7 @@ from megalite.config.schema import (
     Split,
     TokenizerTrainConfig,
 )
+from megalite.config.validate import same_source_rules
 from megalite.errors import ConfigError
 
 
@@ -27,7 +28,7 @@ def validate_data_build(config: DataBuildConfig) -> None:
 
 def validate_evaluate(config: EvaluateConfig) -> None:
     """Raise `ConfigError` for a setting of `megalite eval` that cannot work."""
-    _raise(_at_least("", config, "micro_batch_size"))
+    _raise(_evaluate_rules(config))
 
 
 def validate_generate(config: GenerateConfig) -> None:
@@ -38,6 +39,11 @@ def validate_generate(config: GenerateConfig) -> None:
 def validate_doctor(config: DoctorConfig) -> None:
     """Raise one `ConfigError` with a line for every setting of `megalite doctor` that cannot work."""
     _raise(_doctor_rules(config))
+
+
+def _evaluate_rules(config: EvaluateConfig) -> Iterator[str]:
+    yield from _at_least("", config, "micro_batch_size")
+    yield from same_source_rules("data", config.data)
 
 
 def _tokenizer_train_rules(config: TokenizerTrainConfig) -> Iterator[str]:

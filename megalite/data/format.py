@@ -207,6 +207,11 @@ class TokenStore:
         return cls(path, manifest)
 
     @property
+    def digest(self) -> str:
+        """xxh3_128 of the manifest, which holds the digests of everything else."""
+        return digest_file(self.path / MANIFEST)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in the store, end-of-document tokens included."""
         return self.manifest.num_tokens

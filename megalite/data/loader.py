@@ -47,8 +47,8 @@ class BlendedDataset:
 class Loader:
     """One data-parallel rank's part of every global batch.
 
-    Step t (from 0) is samples t*G .. (t+1)*G - 1. Its m-th micro batch on data rank r is the B samples from
-    t*G + (m * data_size + r) * B, so for any data size and accumulation the same samples make up the same step.
+    A step that begins at sample n takes samples n .. n + G - 1. Its m-th micro batch on data rank r is the B samples
+    from n + (m * data_size + r) * B, so for any data size and accumulation the same samples make up the same step.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Loader:
         self.data_size = data_size
         self._pin = pin
 
-    def micro_batches(self, step: int) -> list[torch.Tensor]:
-        """The micro batches of one step, each [B, S + 1] int64 on the host."""
+    def micro_batches(self, samples_consumed: int) -> list[torch.Tensor]:
+        """The micro batches of the step that begins at sample `samples_consumed`, each [B, S + 1] int64 on the host."""
         batches = []
         for micro in range(self.global_batch_size // (self.micro_batch_size * self.data_size)):
-            start = step * self.global_batch_size + (micro * self.data_size + self.data_rank) * self.micro_batch_size
+            start = samples_consumed + (micro * self.data_size + self.data_rank) * self.micro_batch_size
             ids_BS = torch.from_numpy(self.dataset.samples(np.arange(start, start + self.micro_batch_size)))
             batches.append(ids_BS.pin_memory() if self._pin else ids_BS)
         return batches

@@ -54,7 +54,7 @@ def test_store_shorter_than_a_window(tmp_path, tokens, fits):
 def test_layouts_see_the_same_global_batch(dataset, micro, data_size):
     for step in (0, 1, 7):
         expected = dataset.samples(np.arange(step * 12, (step + 1) * 12))
-        ranks = [Loader(dataset, 12, micro, rank, data_size).micro_batches(step) for rank in range(data_size)]
+        ranks = [Loader(dataset, 12, micro, rank, data_size).micro_batches(step * 12) for rank in range(data_size)]
         assert all(len(batches) == 12 // (micro * data_size) for batches in ranks)
         assert all(batch.dtype == torch.int64 for batches in ranks for batch in batches)
         together = [batches[m] for m in range(len(ranks[0])) for batches in ranks]

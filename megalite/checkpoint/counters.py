@@ -1,0 +1,14 @@
+"""How far a run is: what a checkpoint brings back besides tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Counters:
+    """Counts since step 0. `samples_consumed` is the position in the sample order, whatever the batch sizes were."""
+
+    step: int = 0
+    samples_consumed: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
