@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 
 from megalite.config.place import Place
 from megalite.launch.spawn import spawn_ranks
@@ -21,6 +22,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
     An exception on any rank is raised here, with that rank's number.
     """
+    # Process groups have threads, which a fork does not take along: letting go of an inherited one would wait for ever.
+    assert groups.mpu is None, "an engine was built in the pytest process itself; build it in run_ranks"
     with tempfile.TemporaryDirectory() as folder:
 
         def rank_main(place: Place) -> None:
