@@ -20,6 +20,7 @@ from typing import Any
 
 import xxhash
 
+from megalite.data.files import digest_file
 from megalite.errors import CheckpointError
 from megalite.log import get_logger
 
@@ -178,12 +179,9 @@ def verify_file(folder: Path, entry: FileEntry) -> None:
         raise CheckpointError(f"{path} is missing")
     if path.stat().st_size != entry.num_bytes:
         raise CheckpointError(f"{path}: found {path.stat().st_size} bytes, the manifest says {entry.num_bytes}")
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    if digest.hexdigest() != entry.digest:
-        raise CheckpointError(f"{path}: its digest is {digest.hexdigest()}, the manifest says {entry.digest}")
+    digest = digest_file(path)
+    if digest != entry.digest:
+        raise CheckpointError(f"{path}: its digest is {digest}, the manifest says {entry.digest}")
 
 
 def choose_checkpoint(resume: str, run_dir: Path) -> Path | None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.schema import ParallelConfig
+from megalite.config.validate import divisors
 from megalite.errors import ConfigError
 
 
@@ -131,7 +132,7 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     if replica < 1 or world_size % replica != 0:
         raise ConfigError(
             f"parallel.tensor={parallel.tensor}: {world_size} ranks cannot be divided into tensor-parallel groups of "
-            f"{parallel.tensor}. Set parallel.tensor to a divisor of the number of ranks ({_divisors(world_size)}), or "
+            f"{parallel.tensor}. Set parallel.tensor to a divisor of the number of ranks ({divisors(world_size)}), or "
             "change launch.nproc_per_node."
         )
     sizes = {"data": world_size // replica} | inner
@@ -169,7 +170,3 @@ def _new_group(lines: list[list[int]], rank: int) -> dist.ProcessGroup | None:
     # torch.distributed wants every rank to make every group, in the same order, also those it does not belong to.
     groups = [dist.new_group(line) for line in lines]
     return next(group for line, group in zip(lines, groups, strict=True) if rank in line)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)

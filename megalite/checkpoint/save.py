@@ -30,13 +30,14 @@ def save_checkpoint(engine: Engine, run_dir: Path, counters: Counters) -> Path:
     rank = engine.mesh.rank
     temporary = Path(_from_rank_0(str(create_temporary(checkpoints, counters.step)) if rank == 0 else None))
     link_moments(engine)
+    parameters = dict(engine.parameters())
     entries: list[FileEntry] = []
     error: str | None = None
     for number, (kind, names) in enumerate(_plan(engine)):
         writes = number % engine.mesh.world_size == rank
         tensors = {}
         for name in names:
-            full = _gather_full(engine, name, kind)
+            full = _gather_full(engine, parameters[name], kind)
             if writes:
                 tensors[name] = full.cpu().contiguous()
         if writes and error is None:
@@ -70,9 +71,8 @@ def _plan(engine: Engine) -> Iterator[tuple[str, list[str]]]:
         yield kind, names
 
 
-def _gather_full(engine: Engine, name: str, kind: str) -> torch.Tensor:
+def _gather_full(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
     """The logical tensor: whole over the data axis, then put together over the tensor axis."""
-    parameter = dict(engine.parameters())[name]
     local = get_tensor(engine, parameter, kind).contiguous()
     shard, tensor = parameter.shard, engine.mesh.tensor  # type: ignore[attr-defined]
     if shard.dim is None or tensor.size == 1:

@@ -89,12 +89,12 @@ def _head_rules(model: ModelConfig) -> Iterator[str]:
     if model.head_size is None and model.hidden_size % heads:
         yield (
             f"model.num_attention_heads: found {heads}, which does not divide model.hidden_size={model.hidden_size}; "
-            f"allowed: {_divisors(model.hidden_size)}, or set model.head_size"
+            f"allowed: {divisors(model.hidden_size)}, or set model.head_size"
         )
     if heads % kv_heads:
         yield (
             f"model.num_key_value_heads: found {kv_heads}, must divide model.num_attention_heads={heads}; "
-            f"allowed: {_divisors(heads)}"
+            f"allowed: {divisors(heads)}"
         )
     if model.positions == "rotary" and model.head_dim % 2:
         yield f"model.head_size: found {model.head_dim}, rotary positions need an even number"
@@ -154,13 +154,13 @@ def _parallel_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     if world_size % tensor:
         yield (
             f"parallel.tensor: found {tensor}, must divide the number of processes, which is {world_size}; allowed: "
-            f"{_divisors(world_size)}; or start another number with launch.nproc_per_node (or your launcher's option)"
+            f"{divisors(world_size)}; or start another number with launch.nproc_per_node (or your launcher's option)"
         )
     split = {"num_attention_heads": model.num_attention_heads, "num_key_value_heads": model.num_key_value_heads,
              "ffn_hidden_size": model.ffn_size}  # fmt: skip
     for key, size in split.items():
         if size is not None and size % tensor:
-            yield f"parallel.tensor: found {tensor}, must divide model.{key}={size}; allowed: {_divisors(size)}"
+            yield f"parallel.tensor: found {tensor}, must divide model.{key}={size}; allowed: {divisors(size)}"
     if model.vocab_size is not None and padded_vocab_size(model.vocab_size) % tensor:
         padded = padded_vocab_size(model.vocab_size)
         yield f"parallel.tensor: found {tensor}, must divide the padded vocabulary of {padded} rows"
@@ -291,6 +291,6 @@ def _has_key(config: Any, key: str) -> bool:
     )
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
     """The divisors of a small number, as words for a message."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
