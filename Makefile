@@ -1,6 +1,6 @@
 # Two commands for a fresh clone: `make quickstart` and `make test`. Both set up what they need in .venv.
 PYTHON ?= python3
-# On Linux the default index brings torch with CUDA (gigabytes). For a CPU build, the extra index of pytorch.org:
+# On Linux the default index brings torch with CUDA (gigabytes). For a CPU build, take it from pytorch.org:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu quickstart
 TORCH_INDEX ?=
 VENV := .venv

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -46,10 +46,11 @@ Encoded = tuple[NDArray[np.uint32], list[int]]  # ids of a chunk's documents sid
 
 @dataclass
 class StoreReport:
-    """Counts of one store; tokens include the end-of-document ones."""
+    """Counts of one store; tokens include the end-of-document ones. `unknown_tokens` are text that was lost."""
 
     documents: int
     tokens: int
+    unknown_tokens: int
     bytes: int
     bytes_per_token: float
 
@@ -87,14 +88,14 @@ def build_store(config: DataBuildConfig) -> BuildReport:
         with new_directory(output, overwrite_mark=REPORT if config.overwrite else None) as temporary:
             documents = iter_documents(config.input, config.reader, read)
             with closing(_encoded(documents, tokenizer, config)) as encoded:
-                writers = _write_stores(temporary, encoded, tokenizer, config)
+                writers, unknown = _write_stores(temporary, encoded, tokenizer, config)
             if not writers:
                 raise DataError(
                     f"no document is left of {read.files} files; skipped: {dict(read.skipped) or 'nothing'}"
                 )
             report.files, report.documents_read = read.files, read.documents
             report.skipped = dict(sorted(read.skipped.items()))
-            report.stores = {name: _store_report(writer) for name, writer in sorted(writers.items())}
+            report.stores = {name: _store_report(writer, unknown[name]) for name, writer in sorted(writers.items())}
             write_synced(temporary / REPORT, json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ResourceError(f"writing {output} failed: {error}. Is the disk full, or the folder read-only?") from None
@@ -105,9 +106,13 @@ def build_store(config: DataBuildConfig) -> BuildReport:
 
 def _write_stores(
     folder: Path, encoded: Iterable[tuple[Document, NDArray[np.uint32]]], tokenizer: Tokenizer, config: DataBuildConfig
-) -> dict[str, StoreWriter]:
-    """Write each document into the store of its split and source; the writers, closed, by path below `folder`."""
+) -> tuple[dict[str, StoreWriter], Counter[str]]:
+    """Write each document into the store of its split and source.
+
+    Returns the writers, closed, and the counts of unknown tokens, both by path below `folder`.
+    """
     writers: dict[str, StoreWriter] = {}
+    unknown: Counter[str] = Counter()
     logged, documents = time.monotonic(), 0
     with ExitStack() as stack:
         for document, ids in encoded:
@@ -121,11 +126,18 @@ def _write_stores(
                 writers[name] = stack.enter_context(_new_writer(folder / name, document.source, tokenizer, config))
                 writers[name].add_tokenizer(tokenizer)
             writers[name].add_document(ids, document.num_bytes)
+            unknown[name] += 0 if tokenizer.unknown is None else int(np.count_nonzero(ids == tokenizer.unknown))
             documents += 1
             if time.monotonic() - logged > _LOG_SECONDS:
                 logged = time.monotonic()
                 log.info("%d documents, %d tokens", documents, sum(w.num_tokens for w in writers.values()))
-    return writers
+    if unknown.total():
+        log.warning(
+            "%d of %d tokens are unknown: text that the tokenizer cannot spell is lost; train one with byte fallback",
+            unknown.total(),
+            sum(writer.num_tokens for writer in writers.values()),
+        )
+    return writers, unknown
 
 
 def _new_writer(path: Path, source: str, tokenizer: Tokenizer, config: DataBuildConfig) -> StoreWriter:
@@ -138,9 +150,9 @@ def _new_writer(path: Path, source: str, tokenizer: Tokenizer, config: DataBuild
     )
 
 
-def _store_report(writer: StoreWriter) -> StoreReport:
+def _store_report(writer: StoreWriter, unknown_tokens: int) -> StoreReport:
     ratio = writer.num_bytes / writer.num_tokens
-    return StoreReport(writer.num_documents, writer.num_tokens, writer.num_bytes, round(ratio, 4))
+    return StoreReport(writer.num_documents, writer.num_tokens, unknown_tokens, writer.num_bytes, round(ratio, 4))
 
 
 def _split_by_hash(document_id: str, config: DataBuildConfig) -> str:

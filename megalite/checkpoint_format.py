@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from megalite.data.files import digest_file
+from megalite.data.files import digest_file, sync_directory
 from megalite.errors import CheckpointError
 from megalite.log import get_logger
 
@@ -54,6 +54,7 @@ class Manifest:
     samples_consumed: int  # the position in the closed-form order: the next step begins with this sample
     tokens_seen: int
     skipped_steps: int
+    skipped_in_a_row: int  # of them, those since the last step that was applied
     optimizer_step: int  # Adam's count, which skipped steps do not advance
     loss_scaler: dict[str, float]  # fp16's dynamic loss scale; empty otherwise
     seed: int  # all random streams are keyed by it and the step: no generator state is needed
@@ -106,7 +107,7 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     """
     checkpoints = temporary.parent
     write_manifest(temporary, manifest)
-    _sync_folder(temporary)
+    sync_directory(temporary)
     final = checkpoints / checkpoint_name(manifest.step)
     if final.exists():
         old = final.rename(create_temporary(checkpoints, manifest.step) / "replaced")
@@ -116,7 +117,7 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
         temporary.rename(final)
     write_file(checkpoints, f"{LATEST}.tmp", final.name.encode())
     (checkpoints / f"{LATEST}.tmp").replace(checkpoints / LATEST)
-    _sync_folder(checkpoints)
+    sync_directory(checkpoints)
     return final
 
 
@@ -226,11 +227,3 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 def _digest_of(values: dict[str, Any]) -> str:
     """xxh3_128 of a manifest's values, whatever the order and the spaces in the file."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

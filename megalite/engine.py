@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,21 +60,27 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
         self.deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
         _check_precision(self.deepspeed, self.precision)
-        _check_overrides(self.deepspeed, self.ds_config, mesh)
-        model = build_model(config.model, mesh, recompute=config.engine.recompute)
-        if config.engine.zero_stage == 3:
+        self.model: Decoder = build_model(config.model, mesh, recompute=config.engine.recompute)
+        with _refused_overrides(config.engine.ds_overrides):
+            self.ds, self.optimizer = self._wrap_model()
+        self._dropout = config.model.dropout > 0
+
+    def _wrap_model(self) -> tuple[Any, Any]:
+        """Give the model storage and put DeepSpeed's engine and optimizer around it."""
+        config, mesh, model = self.config, self.mesh, self.model
+        self.deepspeed.DeepSpeedConfig(self.ds_config, mesh.mpu)  # refuses what it can before memory is taken
+        if self.zero_stage == 3:
             _allocate_sharded(self.deepspeed, model, mesh, self.ds_config, DTYPES[self.precision])
         else:
             allocate(model, mesh, DTYPES[self.precision])
         if config.engine.compile:
             model.compile_blocks()
-        self.model: Decoder = model
         optimizer = build_optimizer(config.optimizer, model.parameters())
         with contextlib.redirect_stdout(io.StringIO()):  # it prints tables of memory use
-            self.ds, self.optimizer, _, _ = self.deepspeed.initialize(
+            ds, ds_optimizer, _, _ = self.deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self.ds_config, mpu=mesh.mpu, dist_init_required=False
             )
-        self._dropout = config.model.dropout > 0
+        return ds, ds_optimizer
 
     @property
     def zero_stage(self) -> int:
@@ -171,14 +177,21 @@ def _check_precision(deepspeed: Any, precision: str) -> None:
         raise ConfigError(f"engine.precision: found {precision}, which this device cannot do; allowed: {allowed}")
 
 
-def _check_overrides(deepspeed: Any, ds_config: dict[str, Any], mesh: Mesh) -> None:
-    """Raise `ConfigError` for a value in `engine.ds_overrides` that DeepSpeed would refuse."""
+@contextlib.contextmanager
+def _refused_overrides(overrides: dict[str, Any]) -> Iterator[None]:
+    """Turn what DeepSpeed raises over `engine.ds_overrides` into a `ConfigError`; without any it is a bug of ours.
+
+    DeepSpeed checks some of its settings only where it comes to use them, with whatever exception is at hand.
+    """
     try:
-        deepspeed.DeepSpeedConfig(ds_config, mesh.mpu)
-    except (ValueError, TypeError, AssertionError) as error:
+        yield
+    except (ValueError, TypeError, AssertionError, LookupError, AttributeError, NotImplementedError) as error:
+        if not overrides:
+            raise
         raise ConfigError(
-            f"engine.ds_overrides: DeepSpeed refuses the settings: {' '.join(str(error).split())}"
-        ) from None
+            f"engine.ds_overrides: DeepSpeed refuses the settings: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def build_ds_config(config: TrainConfig, mesh: Mesh, precision: str) -> dict[str, Any]:

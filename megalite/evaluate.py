@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: loss, perplexity and bits per byte of whole documents, by source."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -10,17 +11,26 @@ from megalite.errors import ConfigError
 from megalite.metrics.evaluation import evaluate_store
 from megalite.objectives import Batch, build_objective
 from megalite.runs import LoadedRun, load_run
+from megalite.tokenizer import load_tokenizer
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, float]:
     """The figures `eval/<source>/loss`, `/perplexity`, `/bits_per_byte` of every store in `config.data`.
 
-    Raises `ConfigError` when neither the command nor the run names a store, or when a store's vocabulary is larger than
-    the model's.
+    Raises `ConfigError` when neither the command nor the run names a store, or when a store was built with another
+    tokenizer or for a larger vocabulary than the model's.
     """
     run = load_run(config.run_dir, config.checkpoint)
     stores = [(store.source, TokenStore.open(store.path)) for store in _stores(config, run)]
+    tokenizer = Path(config.run_dir) / "tokenizer"
+    digest = load_tokenizer(tokenizer).digest if tokenizer.is_dir() else None
     for _, store in stores:
+        record = store.manifest.tokenizer
+        if digest and record and record.digest != digest:
+            raise ConfigError(
+                f"data: {store.path} was built with another tokenizer ({record.name}, digest {record.digest[:8]}) than "
+                f"the run's ({digest[:8]}): its ids mean other text; build the store with {tokenizer}"
+            )
         if store.manifest.vocab_size > run.config.model.known_vocab_size:
             raise ConfigError(
                 f"data: {store.path} holds ids of a vocabulary of {store.manifest.vocab_size}, the model knows "

@@ -25,10 +25,14 @@ def preflight(config: TrainConfig) -> TrainConfig:
     stores = [_open("data.train", store) for store in config.data.train]
     for store in stores:
         _check_length(store, config.data.sequence_length)
-    stores += [_open("data.validation", store) for store in config.data.validation]
-    _check_tokenizers(stores)
-    config = _with_vocab_size(config, stores)
-    _check_checkpoint(config, [store.digest for store in stores[: len(config.data.train)]])
+    digests = [store.digest for store in stores]
+    validation = [_open("data.validation", store) for store in config.data.validation]
+    for store in validation:
+        if store.digest in digests:
+            log.warning("data.validation: %s is trained on too: its figures say nothing about new text", store.path)
+    _check_tokenizers(stores + validation)
+    config = _with_vocab_size(config, stores + validation)
+    _check_checkpoint(config, digests)
     return config
 
 

@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document: int
     end_of_document_text: str
+    unknown: int | None  # the id that stands for text the tokenizer cannot spell; None: it has none
 
     @property
     def digest(self) -> str:
@@ -96,6 +97,7 @@ class SentencePieceTokenizer:
         if self.end_of_document < 0:
             raise DataError(f"tokenizer {path} has no end-of-sentence id, which ends documents: train it with eos_id")
         self.end_of_document_text = self._model.id_to_piece(self.end_of_document)
+        self.unknown = self._model.unk_id()
         self._space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SP_SPACE.encode()]
         self._lossless = self._is_lossless()
 
@@ -189,7 +191,9 @@ class HuggingFaceTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = {self.end_of_document} | {i for i, token in added.items() if token.special}
         self._added = {i: token.content for i, token in added.items()}
-        self._byte_level = (json.loads(self._tokenizer.to_str())["decoder"] or {}).get("type") == "ByteLevel"
+        content = json.loads(self._tokenizer.to_str())
+        self._byte_level = (content["decoder"] or {}).get("type") == "ByteLevel"
+        self.unknown = vocabulary.get(content["model"].get("unk_token") or "")
 
     @cached_property
     def digest(self) -> str:

@@ -53,13 +53,15 @@ class Trainer:
             while self.counters.step < self.last_step:
                 result = self._step()
                 recorder.advance()
-                row = self._training_row(result) if self._is_due(self.config.trainer.log_every) else {}
+                saves = self._is_due(self.config.checkpoint.save_every)
+                # A save has a row: what follows it averages the same steps whether or not the run was stopped here.
+                row = self._training_row(result) if saves or self._is_due(self.config.trainer.log_every) else {}
                 if self._is_due(self.config.trainer.eval_every):
                     row |= self._evaluate()
                 if row:
                     recorder.log(self.counters.step, row)
                 # After the row: a run killed in between repeats the step and its row, and loses neither.
-                if self._is_due(self.config.checkpoint.save_every):
+                if saves:
                     self._save()
         finally:
             recorder.close()
@@ -137,7 +139,7 @@ class Trainer:
         self._logged_at += time.perf_counter() - started
 
     def _resume(self) -> Counters:
-        folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir, self.mesh)
+        folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir)
         if folder is None:
             self.engine.init_weights()
             counters = Counters()

@@ -26,7 +26,8 @@ from megalite.errors import CheckpointError
 
 def manifest(step, files=(), **changes):
     values = dict(
-        step=step, samples_consumed=32 * step, tokens_seen=1000 * step, skipped_steps=1, optimizer_step=step - 1,
+        step=step, samples_consumed=32 * step, tokens_seen=1000 * step, skipped_steps=1,
+        skipped_in_a_row=0, optimizer_step=step - 1,
         loss_scaler={"cur_scale": 2.0}, seed=7, config={"seed": 7}, stores=["abc"], topology={"tensor": 2},
         versions={"torch": "2"},
         files=list(files),
@@ -78,7 +79,7 @@ def test_what_is_saved_is_what_is_read(checkpoints):
     assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step_00000100"]
 
 
-@pytest.mark.parametrize("failing", ["write_file", "_sync_folder"])
+@pytest.mark.parametrize("failing", ["write_file", "sync_directory"])
 def test_an_interrupted_save_is_no_checkpoint_and_leaves_the_last_one(checkpoints, run_dir, monkeypatch, failing):
     first = save(checkpoints, 10)
     calls = []
@@ -100,13 +101,13 @@ def test_the_final_name_appears_only_when_everything_is_there(checkpoints, monke
     """The order of a commit: manifest, sync, rename; a reader never sees the name without its content."""
     temporary = create_temporary(checkpoints, 5)
     seen = []
-    real = checkpoint_format._sync_folder
+    real = checkpoint_format.sync_directory
 
     def watch(folder):
         seen.append((folder.name, (temporary / "manifest.json").is_file(), (checkpoints / "step_00000005").exists()))
         real(folder)
 
-    monkeypatch.setattr(checkpoint_format, "_sync_folder", watch)
+    monkeypatch.setattr(checkpoint_format, "sync_directory", watch)
     commit(temporary, manifest(5))
     assert seen == [(temporary.name, True, False), ("checkpoints", False, True)]
 

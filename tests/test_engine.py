@@ -3,18 +3,22 @@
 import dataclasses
 import functools
 import math
+import os
+import warnings
 
 import pyarrow.parquet
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.compile_fx  # slow imports, before ranks are forked
 
 from megalite.config.schema import TrainConfig
 from megalite.engine import Engine
-from megalite.mesh import build_mesh, single_mesh
-from megalite.models import build_model, init_parameter, named_logical_parameters
+from megalite.mesh import build_mesh
 from megalite.objectives import Batch, CausalLM
 from megalite.optim import learning_rate
 from tests.models.plain import plain_losses
+from tests.plain_training import Curve, initial_weights, plain_curve
 from tests.ranks import run_ranks
 from tests.runs import tiny_config
 
@@ -32,7 +36,6 @@ LAYOUTS = [
     (4, 2, 2),
     (4, 2, 3),
 ]
-Curve = list[tuple[float, float]]  # loss and gradient norm of each step
 
 
 def config_of(tensor: int, zero_stage: int, precision: str = "fp32", **groups) -> TrainConfig:
@@ -72,40 +75,13 @@ def curve_of(config: TrainConfig, steps: int, plant=lambda: None) -> Curve:
     return curve
 
 
-def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Whole tensors by logical name."""
-    mesh = single_mesh(torch.device("cpu"))
-    return {
-        # `gather` of the only part takes the vocabulary's padding away.
-        name: parameter.shard.gather([init_parameter(name, parameter, config.seed, mesh)]).clone().requires_grad_()
-        for name, parameter in named_logical_parameters(build_model(config.model, mesh))
-    }
-
-
 @pytest.fixture(scope="module")
 def reference() -> Curve:
-    """The same training in plain torch: one process, whole tensors, its own schedule and clipping."""
-    config = config_of(1, 0)
-    weights = initial_weights(config)
-    matrices = [weight for weight in weights.values() if weight.ndim == 2]
-    vectors = [weight for weight in weights.values() if weight.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    curve = []
-    for step in range(STEPS):
-        batch = samples(step)
-        loss = plain_losses(weights, config.model, batch[:, :-1], batch[:, 1:]).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        progress = (step - 10) / (STEPS - 1 - 10)
-        rate = (step + 1) / 10 if step < 10 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-4 * rate
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append((loss.item(), norm.item()))
-    assert curve[-1][0] < 0.8 * curve[0][0], "the reference does not learn, so it would not notice much"
-    return curve
+    """The same training in plain torch, with a schedule of its own."""
+    progress = [(step - 10) / (STEPS - 1 - 10) for step in range(STEPS)]
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)) for part in progress]
+    rates = [3e-4 * ((step + 1) / 10 if step < 10 else cosine[step]) for step in range(STEPS)]
+    return plain_curve(config_of(1, 0), map(samples, range(STEPS)), rates)
 
 
 def worst(curve: Curve, reference: Curve) -> tuple[float, float]:
@@ -117,6 +93,26 @@ def worst(curve: Curve, reference: Curve) -> tuple[float, float]:
 @pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), LAYOUTS)
 def test_every_layout_trains_as_plain_torch_does(world_size, tensor, zero_stage, reference):
     for curve in run_ranks(world_size, curve_of, config_of(tensor, zero_stage), STEPS):
+        loss, norm = worst(curve, reference)
+        assert loss <= 1e-5
+        assert norm <= 1e-4
+
+
+def compiled_curve_of(config: TrainConfig, steps: int) -> tuple[Curve, int]:
+    """The curve with compiled blocks, and how many graphs were made for all of them."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        curve = curve_of(config, steps)
+    return curve, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_compiled_blocks_train_as_plain_torch_does(zero_stage, reference):
+    config = config_of(2, zero_stage, engine={"compile": True})
+    for curve, graphs in run_ranks(4, compiled_curve_of, config, 10):
+        assert graphs == 1  # one for the four blocks, fullgraph
         loss, norm = worst(curve, reference)
         assert loss <= 1e-5
         assert norm <= 1e-4

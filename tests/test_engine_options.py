@@ -112,6 +112,11 @@ def test_what_a_device_cannot_do_is_a_config_error():
         run_ranks(1, fp16_refused)
 
 
+def test_what_deepspeed_refuses_only_when_it_is_built_is_a_config_error():
+    with pytest.raises(RuntimeError, match=r"ConfigError: engine\.ds_overrides: DeepSpeed refuses .*fp8"):
+        run_ranks(1, losses_of, config_of(ds_overrides={"data_types": {"grad_accum_dtype": "fp8"}}))
+
+
 def fp16_refused() -> None:
     from deepspeed.accelerator import get_accelerator
 

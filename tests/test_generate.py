@@ -11,7 +11,10 @@ from megalite.evaluate import evaluate
 from megalite.generate import generate, pick_token, sample_tokens
 from megalite.mesh import single_mesh
 from megalite.models import build_model, materialize
+from megalite.tokenizer import load_tokenizer
+from tests.data_tools.corpora import make_tokenizer
 from tests.runs import tiny_config, train_on_ranks, write_store
+from tests.stores import make_store
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
 CPU = torch.device("cpu")
@@ -90,6 +93,11 @@ def test_a_run_is_evaluated_as_it_was_in_training(tmp_path):
     assert found == pytest.approx({key: value for key, value in last.items() if key.startswith("eval/")}, rel=1e-5)
     named = evaluate(EvaluateConfig(run_dir=str(tmp_path / "run"), data=(StoreConfig(path=str(store), name="x"),)))
     assert named["eval/x/loss"] == pytest.approx(found["eval/words/loss"])
+    load_tokenizer(make_tokenizer(tmp_path)).save(tmp_path / "run/tokenizer")
+    assert evaluate(EvaluateConfig(run_dir=str(tmp_path / "run"))) == pytest.approx(found)  # a store without any
+    other = make_store(tmp_path / "other", tokenizer="b")
+    with pytest.raises(ConfigError, match=r"other was built with another tokenizer \(b, digest b0000000\) than"):
+        evaluate(EvaluateConfig(run_dir=str(tmp_path / "run"), data=(StoreConfig(path=str(other)),)))
 
 
 def test_what_cannot_be_opened_is_one_error(tmp_path):

@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,16 @@ def test_different_tokenizers(config, stores):
             preflight(chosen)
 
 
+def test_validation_text_that_is_trained_on_is_noticed(config, stores, tmp_path, caplog):
+    """By content: a copy under another name too."""
+    caplog.set_level(logging.WARNING)
+    preflight(with_data(config, [stores / "a"], [stores / "unnamed"]))
+    assert not caplog.messages
+    shutil.copytree(stores / "a", copy := tmp_path / "copy")
+    preflight(with_data(config, [stores / "a"], [copy]))
+    assert caplog.messages == [f"data.validation: {copy} is trained on too: its figures say nothing about new text"]
+
+
 def test_a_sequence_longer_than_a_store(config, stores, tmp_path):
     make_store(tmp_path / "short", documents=1, length=49)  # 50 tokens with the end of the document
     both = with_data(config, [stores / "a", tmp_path / "short"])
@@ -183,6 +194,7 @@ def save(config, step):
         samples_consumed=0,
         tokens_seen=0,
         skipped_steps=0,
+        skipped_in_a_row=0,
         optimizer_step=step,
         loss_scaler={},
         seed=config.seed,

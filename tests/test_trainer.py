@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
+from megalite.checkpoint import save
 from megalite.checkpoint_format import read_manifest, write_manifest
 from megalite.config.compose import read_config
 from megalite.data.files import digest_file
-from megalite.engine import Engine, StepResult
+from megalite.engine import Engine
 from megalite.errors import CheckpointError, MegaliteError
 from megalite.launch.spawn import spawn_ranks
 from megalite.metrics.jsonl import read_metrics
@@ -103,7 +103,7 @@ def test_what_a_run_leaves_behind(store, tmp_path):
         model=SMALL,
         trainer={"steps": 6, "log_every": 4, "eval_every": 3},
         data={"train": str(store), "validation": [{"path": str(store), "name": "again"}], "sequence_length": 32},
-        checkpoint={"save_every": 2, "keep": 2},
+        checkpoint={"save_every": 5, "keep": 1},
         engine={"precision": "fp32", "ds_overrides": {"zero_optimization": {"reduce_bucket_size": 1000}}},
     )
     rows = train_on_ranks(config, 2)
@@ -111,17 +111,17 @@ def test_what_a_run_leaves_behind(store, tmp_path):
         "checkpoints", "config.yaml", "ds_config.json", "logs", "metrics.jsonl",
         "run.lock",
     }  # fmt: skip
-    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step_00000004", "step_00000006"}
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step_00000006"}
     assert {path.name for path in (run_dir / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     assert read_config(run_dir / "config.yaml") == config
     ds_config = json.loads((run_dir / "ds_config.json").read_text())
     assert ds_config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
-    assert [row["step"] for row in rows] == [3, 4, 6]
+    assert [row["step"] for row in rows] == [3, 4, 5, 6]  # evaluated, logged, saved, the last
     assert set(rows[0]) == {"step", "eval/again/loss", "eval/again/perplexity", "eval/again/bits_per_byte"}
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu",
             "memory_bytes", "skipped_steps"} == set(rows[1])  # fmt: skip
     assert rows[1]["tokens_seen"] == 4 * 8 * 32
-    assert rows[2]["eval/again/perplexity"] == pytest.approx(math.exp(rows[2]["eval/again/loss"]))
+    assert rows[3]["eval/again/perplexity"] == pytest.approx(math.exp(rows[3]["eval/again/loss"]))
 
 
 def test_a_finished_run_does_nothing_more(store, tmp_path):
@@ -180,15 +180,33 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(store, tmp_path
     assert "checkpoint.resume=never" in capfd.readouterr().err
 
 
-def never_applied(self, micro_batches, step, learning_rate) -> StepResult:
-    return StepResult(torch.tensor(math.nan), math.nan, False)
+def test_skipped_steps_are_counted_across_sessions_and_end_the_run(store, tmp_path, monkeypatch, capfd):
+    def config(**trainer):
+        steps = {"steps": 9, "max_skipped_steps": 4} | trainer
+        return tiny_config(tmp_path / "run", store, model=SMALL, trainer=steps, engine={"precision": "bf16"})
 
-
-def test_skipped_steps_are_counted_and_end_the_run(store, tmp_path, monkeypatch, capfd):
-    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 9, "max_skipped_steps": 4})
-    monkeypatch.setattr(Engine, "train_step", never_applied)
-    code = spawn_ranks(lambda place: train(preflight(config), place), 1)
+    summed_loss = Engine._summed_loss
+    monkeypatch.setattr(Engine, "_summed_loss", lambda *args: summed_loss(*args) * math.nan)
+    train_on_ranks(config(stop_after=2), 1)
+    capfd.readouterr()
+    code = spawn_ranks(lambda place: train(preflight(config()), place), 1)
     assert code == MegaliteError.exit_code
     assert "4 steps in a row were skipped" in capfd.readouterr().err
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [1, 2, 3]
+
+
+def full_disk(temporary, manifest):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_save_that_fails_on_rank_0_ends_every_rank_with_its_reason(store, tmp_path, monkeypatch, capfd):
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2})
+    monkeypatch.setattr(save, "commit", full_disk)
+
+    def rank_main(place):
+        with pytest.raises(CheckpointError, match="rank 0 could not write a checkpoint"):
+            train(preflight(config), place)
+
+    assert spawn_ranks(rank_main, 2) == 0
+    assert not list((tmp_path / "run/checkpoints").glob("step_????????"))

@@ -58,9 +58,12 @@ def link_moments(engine: Engine) -> None:
     """Let DeepSpeed find the moments of every parameter; call before reading or writing them.
 
     ZeRO 1 and 2 link parameters to their moments once, after the first group's first step, when the moments of the
-    other groups do not exist yet (DeepSpeed 0.19.8, `_optimizer_step`): so link again.
+    other groups do not exist yet (DeepSpeed 0.19.8, `_optimizer_step`): so link again. A run whose steps were all
+    skipped has no moments yet: they are zero.
     """
-    if engine.zero_stage in (1, 2):
+    if not _inner_optimizer(engine).state:
+        create_moments(engine, optimizer_step=0)
+    elif engine.zero_stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 

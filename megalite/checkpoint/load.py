@@ -1,12 +1,13 @@
 """Loading logical tensors into an engine of any layout, or into a bare model."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from megalite.checkpoint.agreement import on_rank_0
 from megalite.checkpoint.counters import Counters
 from megalite.checkpoint.engine_state import create_moments, set_loss_scaler, set_tensor
 from megalite.checkpoint_format import KINDS, Manifest, choose_checkpoint, read_manifest
@@ -16,22 +17,12 @@ from megalite.mesh import Mesh
 from megalite.models import named_logical_parameters
 
 
-def agree_on_checkpoint(resume: str, run_dir: Path, mesh: Mesh) -> Path | None:
+def agree_on_checkpoint(resume: str, run_dir: Path) -> Path | None:
     """`choose_checkpoint` for all ranks: rank 0 looks and verifies, the others are told.
 
     Raises `CheckpointError` on every rank alike.
     """
-    outcome: Any = None
-    if mesh.rank == 0:
-        try:
-            outcome = choose_checkpoint(resume, run_dir)
-        except CheckpointError as error:
-            outcome = error
-    box = [outcome]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], CheckpointError):
-        raise box[0]
-    return box[0]
+    return on_rank_0(lambda: choose_checkpoint(resume, run_dir))
 
 
 def load_checkpoint(engine: Engine, folder: Path) -> Counters:
@@ -45,7 +36,7 @@ def load_checkpoint(engine: Engine, folder: Path) -> Counters:
             local = parameter.shard.slice(full, engine.mesh.tensor.rank, engine.mesh.tensor.size)  # type: ignore[attr-defined]
             set_tensor(engine, parameter, kind, local)
     set_loss_scaler(engine, manifest.loss_scaler)
-    return Counters(manifest.step, manifest.samples_consumed, manifest.tokens_seen, manifest.skipped_steps)
+    return Counters(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(Counters)})
 
 
 def load_model(model: torch.nn.Module, folder: Path, mesh: Mesh) -> Manifest:

@@ -2,20 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as serialize
 
 import megalite
+from megalite.checkpoint.agreement import gather_lists, on_rank_0
 from megalite.checkpoint.counters import Counters
 from megalite.checkpoint.engine_state import get_loss_scaler, get_tensor, link_moments, optimizer_step
 from megalite.checkpoint_format import KINDS, FileEntry, Manifest, commit, create_temporary, prune, write_file
 from megalite.config.compose import config_values
 from megalite.data.format import TokenStore
 from megalite.engine import Engine
-from megalite.errors import CheckpointError
 
 FILE_BYTES = 512 << 20  # a file is closed when the next tensor would take it above this
 
@@ -28,7 +27,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, counters: Counters) -> Path:
     """
     checkpoints = run_dir / "checkpoints"
     rank = engine.mesh.rank
-    temporary = Path(_from_rank_0(str(create_temporary(checkpoints, counters.step)) if rank == 0 else None))
+    temporary = on_rank_0(lambda: create_temporary(checkpoints, counters.step))
     link_moments(engine)
     parameters = dict(engine.parameters())
     entries: list[FileEntry] = []
@@ -45,15 +44,14 @@ def save_checkpoint(engine: Engine, run_dir: Path, counters: Counters) -> Path:
                 entries.append(_write(temporary, f"{kind}-{number:05d}.safetensors", kind, tensors))
             except OSError as problem:
                 error = f"rank {rank} could not write a checkpoint file: {problem}"
-    files, errors = _gather_outcomes(entries, error)
-    if errors:
-        raise CheckpointError("; ".join(errors))
-    final = None
-    if rank == 0:
-        manifest = _manifest(engine, counters, files)
-        final = str(commit(temporary, manifest))
-        prune(checkpoints, engine.config.checkpoint.keep)
-    return Path(_from_rank_0(final))
+    manifest = _manifest(engine, counters, gather_lists(entries, error))
+    return on_rank_0(lambda: _publish(temporary, manifest, engine.config.checkpoint.keep))
+
+
+def _publish(temporary: Path, manifest: Manifest, keep: int) -> Path:
+    final = commit(temporary, manifest)
+    prune(temporary.parent, keep)
+    return final
 
 
 def _plan(engine: Engine) -> Iterator[tuple[str, list[str]]]:
@@ -95,6 +93,7 @@ def _manifest(engine: Engine, counters: Counters, files: list[FileEntry]) -> Man
         samples_consumed=counters.samples_consumed,
         tokens_seen=counters.tokens_seen,
         skipped_steps=counters.skipped_steps,
+        skipped_in_a_row=counters.skipped_in_a_row,
         optimizer_step=optimizer_step(engine),
         loss_scaler=get_loss_scaler(engine),
         seed=engine.config.seed,
@@ -115,15 +114,3 @@ def _manifest(engine: Engine, counters: Counters, files: list[FileEntry]) -> Man
         },
         files=sorted(files, key=lambda entry: entry.name),
     )
-
-
-def _gather_outcomes(entries: list[FileEntry], error: str | None) -> tuple[list[FileEntry], list[str]]:
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (entries, error))
-    return [entry for part, _ in outcomes for entry in part], [problem for _, problem in outcomes if problem]
-
-
-def _from_rank_0(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -26,7 +26,7 @@ def new_directory(path: Path, overwrite_mark: str | None = None) -> Iterator[Pat
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _sync_directory(temporary)
+        sync_directory(temporary)
         _refuse_existing(path, overwrite_mark)
         replaced = _sibling(path) if path.exists() else None
         if replaced:
@@ -35,7 +35,7 @@ def new_directory(path: Path, overwrite_mark: str | None = None) -> Iterator[Pat
             temporary.rename(path)
         except OSError as error:
             raise DataError(f"{path} could not be put in place: {error}. Is another process writing it?") from None
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         if replaced:
             shutil.rmtree(replaced)
     finally:
@@ -59,6 +59,15 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def sync_directory(path: Path) -> None:
+    """Flush the names in a directory to disk: a rename survives a power cut only then."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _refuse_existing(path: Path, overwrite_mark: str | None) -> None:
     if not os.path.lexists(path):
         return
@@ -71,11 +80,3 @@ def _refuse_existing(path: Path, overwrite_mark: str | None) -> None:
 def _sibling(path: Path) -> Path:
     """A fresh name beside `path`, on the same file system, so that a rename commits."""
     return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from megalite.data_tools.building import build_store
 from megalite.data_tools.inspection import inspect_documents, store_tokenizer, verify_stores
 from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.tokenizer import load_tokenizer
-from tests.data_tools.corpora import build_config, chinese, texts, write_jsonl
+from tests.data_tools.corpora import build_config, chinese, make_tokenizer, texts, write_jsonl
 
 
 def decoded(store_path: Path) -> list[bytes]:
@@ -58,10 +58,20 @@ def test_every_document_comes_back(tmp_path, source, tokenizer_path):
         )
         assert store.bytes_per_token == pytest.approx(store.bytes / store.tokens, abs=1e-4)
         assert opened.manifest.source == "in"
+        assert store.unknown_tokens == 0
     assert report.documents_read == 210
     assert json.loads((tmp_path / "out/build_report.json").read_text())["stores"]["train/in"]["documents"] > 100
     first = inspect_documents(TokenStore.open(report.paths["train/in"]), 2)
     assert [d.text.encode() for d in first] == decoded(report.paths["train/in"])[:2]
+
+
+def test_text_that_the_tokenizer_cannot_spell_is_counted(tmp_path, caplog):
+    """Without byte fallback a character outside the vocabulary is one unknown token, and lost."""
+    plain = make_tokenizer(tmp_path, byte_fallback=False, character_coverage=1.0)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "the king ℵ of night ℵ"}, {"text": "the river"}])
+    report = build_store(build_config([source], tmp_path / "out", plain, validation_fraction=0.0))
+    assert report.stores["train/in"].unknown_tokens == 2
+    assert f"2 of {report.stores['train/in'].tokens} tokens are unknown" in caplog.text
 
 
 def test_the_same_bytes_for_any_number_of_workers(tmp_path, tokenizer_path):

@@ -6,11 +6,10 @@ import torch
 from benchmarks.gpu.syncs import recorded_syncs
 from megalite.config.schema import ParallelConfig
 from megalite.engine import Engine
-from megalite.mesh import build_mesh, single_mesh
-from megalite.models import build_model, init_parameter, named_logical_parameters
+from megalite.mesh import build_mesh
 from megalite.objectives import CausalLM
 from tests.gpu.runs import BATCH, LENGTH, samples, small_config
-from tests.models.plain import plain_losses
+from tests.plain_training import plain_curve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("process_group")]
 STEPS = 10
@@ -38,25 +37,8 @@ def curve_of(config, device):
 @pytest.fixture(scope="module")
 def reference():
     """The same training on the CPU in fp32 and plain torch."""
-    config, mesh = small_config(), single_mesh(torch.device("cpu"))
-    weights = {
-        name: parameter.shard.gather([init_parameter(name, parameter, config.seed, mesh)]).clone().requires_grad_()
-        for name, parameter in named_logical_parameters(build_model(config.model, mesh))
-    }
-    matrices = [weight for weight in weights.values() if weight.ndim == 2]
-    vectors = [weight for weight in weights.values() if weight.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=(0.9, 0.95), eps=1e-8)
-    curve = []
-    for step in range(STEPS):
-        batch = samples(step)
-        loss = plain_losses(weights, config.model, batch[:, :-1], batch[:, 1:]).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append((loss.item(), norm.item()))
-    return curve
+    config = small_config()
+    return plain_curve(config, map(samples, range(STEPS)), [config.optimizer.lr] * STEPS)
 
 
 def check(curve, reference, loss_tolerance, norm_tolerance):
