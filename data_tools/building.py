@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from megalite.config.schema import DataBuildConfig
 from megalite.config.validate_commands import validate_data_build
 from megalite.data.files import new_directory, write_synced
-from megalite.data.format import StoreWriter
+from megalite.data.writer import StoreWriter
 from megalite.errors import DataError, ResourceError
 from megalite.log import get_logger
 from megalite.tokenizer import Tokenizer, load_tokenizer

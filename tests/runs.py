@@ -7,7 +7,7 @@ import numpy as np
 
 from megalite.config.loader import load_config
 from megalite.config.schema import TrainConfig
-from megalite.data.format import StoreWriter
+from megalite.data.writer import StoreWriter
 from megalite.launch.spawn import spawn_ranks
 from megalite.metrics.jsonl import read_metrics
 from megalite.preflight import preflight

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.format import StoreWriter
+from megalite.data.writer import StoreWriter
 
 
 class NamedTokenizer:

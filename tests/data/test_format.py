@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.format import StoreWriter, TokenStore
+from megalite.data.format import TokenStore
+from megalite.data.writer import StoreWriter
 from megalite.errors import DataError
 
 END = 0
@@ -107,7 +108,7 @@ def test_failed_writer_leaves_nothing(tmp_path, monkeypatch):
     def disk_full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megalite.data.format.write_synced", disk_full)
+    monkeypatch.setattr("megalite.data.writer.write_synced", disk_full)
     with pytest.raises(OSError, match="No space"):
         write_store(tmp_path / "b", [[1]])
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +116,7 @@ def test_failed_writer_leaves_nothing(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_temporary_names_only(tmp_path):
     code = (
-        "import sys, time\nfrom megalite.data.format import StoreWriter\n"
+        "import sys, time\nfrom megalite.data.writer import StoreWriter\n"
         "with StoreWriter(sys.argv[1], vocab_size=9, end_of_document=0) as writer:\n"
         "    while True:\n        writer.add_document([1, 2], 2)\n        time.sleep(0.001)\n"
     )

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.data.format import StoreWriter, TokenStore
+from megalite.data.format import TokenStore
 from megalite.data.loader import BlendedDataset, Loader
+from megalite.data.writer import StoreWriter
 from megalite.errors import ConfigError, DataError
 
 S = 8

@@ -7,32 +7,18 @@ import torch
 import torch._dynamo
 
 from megalite import rng
-from megalite.config.schema import ModelConfig, RotaryScalingConfig
 from megalite.mesh import single_mesh
 from megalite.models import build_model, init_parameter, materialize, named_logical_parameters
+from tests.models.configs import GPT, LLAMA
 from tests.models.plain import plain_losses
 
 pytestmark = pytest.mark.gpu
-GPT = ModelConfig(
-    vocab_size=300,
-    max_sequence_length=64,
-    num_layers=2,
-    hidden_size=128,
-    num_attention_heads=4,
-    activation="gelu_tanh",
-)
-LLAMA = dataclasses.replace(
-    GPT,
-    num_key_value_heads=2,
-    ffn_hidden_size=192,
-    norm="rmsnorm",
-    activation="swiglu",
-    positions="rotary",
-    rotary_scaling=RotaryScalingConfig(original_max_sequence_length=16),
-    bias=False,
-    tied_embeddings=False,
-)
-CONFIGS = {"gpt": GPT, "llama": LLAMA}
+# Heads of 32, which the fused attention kernels take.
+SIZES = {"max_sequence_length": 64, "hidden_size": 128, "num_attention_heads": 4, "head_size": 32}
+CONFIGS = {
+    "gpt": dataclasses.replace(GPT, **SIZES, ffn_hidden_size=512),
+    "llama": dataclasses.replace(LLAMA, **SIZES, num_key_value_heads=2, ffn_hidden_size=192),
+}
 
 
 def tokens(config, seed=3, length=64):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.data.format import StoreWriter
+from megalite.data.writer import StoreWriter
 from tests.gpu.runs import VOCAB, small_config
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megalite.config.schema import ParallelConfig
-from megalite.data.format import StoreWriter, TokenStore
+from megalite.data.format import TokenStore
+from megalite.data.writer import StoreWriter
 from megalite.mesh import build_mesh, single_mesh
 from megalite.metrics.evaluation import evaluate_store
 from megalite.objectives import Batch, CausalLM

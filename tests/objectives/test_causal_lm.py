@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from megalite.data.format import StoreWriter, TokenStore
+from megalite.data.format import TokenStore
+from megalite.data.writer import StoreWriter
 from megalite.objectives import CausalLM
 
 END = 9

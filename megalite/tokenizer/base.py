@@ -1,0 +1,112 @@
+"""What every kind of tokenizer shares: the protocol, the names of files, and how a folder of ours is written."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
+
+from megalite.errors import DataError
+
+CONFIG = "tokenizer_config.json"
+OUR_FORMAT = "megalite"  # value of "format" in a tokenizer_config.json written here; Hugging Face's has no such key
+SP_MODEL = "tokenizer.model"
+HF_JSON = "tokenizer.json"
+GPT2_FILES = ("vocab.json", "merges.txt")
+# Tried in turn when no configuration beside tokenizer.json names its eos_token.
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+ACCEPTED = (
+    f"Accepted: a folder made by `megalite tokenizer train`, a SentencePiece .model, a {HF_JSON}, or a folder with "
+    f"{' and '.join(GPT2_FILES)}"
+)
+
+
+class Tokenizer(Protocol):
+    """What the rest of the program knows of a tokenizer."""
+
+    name: str
+    vocab_size: int
+    end_of_document: int
+    end_of_document_text: str
+    unknown: int | None  # the id that stands for text the tokenizer cannot spell; None: it has none
+
+    @property
+    def digest(self) -> str:
+        """xxh3_128 over its files and the end-of-document id, in hexadecimal."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as it stands: nothing prepended or appended, control ids never. `DataError`: no valid text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, control ids left out; bytes that are not UTF-8 become U+FFFD."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, control ids left out; exact for byte-level and lossless byte-fallback models."""
+
+    def save(self, folder: Path) -> None:
+        """Copy its files to the new folder `folder`, which `load_tokenizer` takes."""
+
+
+def check_text(text: str) -> None:
+    """Raise `DataError` for a text that UTF-8 cannot hold, such as half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"text is not valid Unicode at character {error.start}: {error.reason}") from None
+
+
+def digest_of(kind: str, end_of_document: int, contents: list[bytes]) -> str:
+    """xxh3_128 over a tokenizer: its kind, its end-of-document id and its files, in hexadecimal."""
+    digest = xxhash.xxh3_128(f"{kind} {end_of_document}".encode())
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def config_text(kind: str, tokenizer: Tokenizer, **more: Any) -> str:
+    """The tokenizer_config.json of a folder of ours. `kind`: sentencepiece or huggingface."""
+    config = {"format": OUR_FORMAT, "type": kind, "name": tokenizer.name, "vocab_size": tokenizer.vocab_size}
+    return json.dumps(config | {"digest": tokenizer.digest, **more}, indent=2, ensure_ascii=False) + "\n"
+
+
+def save_files(folder: Path, files: dict[str, bytes], config: str) -> None:
+    """Write a folder that `load_tokenizer` takes: the files by name and the text of the configuration."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a tokenizer file. `DataError` when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer {path} cannot be read: {error.strerror}. {ACCEPTED}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A tokenizer_config.json; empty when there is none. `DataError` when it is not JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    return config if isinstance(config, dict) else {}
+
+
+def configured_end(config: dict[str, Any]) -> str | None:
+    """The end-of-document token that a tokenizer_config.json names, ours or Hugging Face's."""
+    value = config.get("end_of_document") or config.get("eos_token")
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def name_of(path: Path) -> str:
+    """What to call the tokenizer in the file `path`: the folder when the file has the usual name."""
+    return path.parent.name if path.stem in ("tokenizer", "vocab") else path.stem

@@ -1,0 +1,71 @@
+"""Find out what a path holds and load it."""
+
+from pathlib import Path
+
+from megalite.errors import DataError
+from megalite.tokenizer.base import (
+    ACCEPTED,
+    CONFIG,
+    END_OF_DOCUMENT_NAMES,
+    GPT2_FILES,
+    HF_JSON,
+    OUR_FORMAT,
+    SP_MODEL,
+    Tokenizer,
+    configured_end,
+    read_config,
+)
+from megalite.tokenizer.huggingface import HuggingFaceTokenizer
+from megalite.tokenizer.sentencepiece_model import SentencePieceTokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a folder or file; `ACCEPTED` lists the kinds.
+
+    Raises `DataError` when there is none at `path`, when a file is damaged, or when it could turn text into its
+    end-of-document id.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tokenizer = _load_folder(path)
+    elif path.name.endswith(".model"):
+        tokenizer = SentencePieceTokenizer(path)
+    elif path.name.endswith(".json") and path.name not in (GPT2_FILES[0], CONFIG):
+        tokenizer = HuggingFaceTokenizer((path,))
+    else:
+        found = "has an ending that is not known" if path.exists() else "does not exist"
+        raise DataError(f"tokenizer {path} {found}. {ACCEPTED}")
+    _refuse_control_text(tokenizer, path)
+    return tokenizer
+
+
+def _load_folder(path: Path) -> Tokenizer:
+    config = read_config(path / CONFIG)
+    if config.get("format") == OUR_FORMAT and config.get("type") not in ("sentencepiece", "huggingface"):
+        raise DataError(f"{path / CONFIG}: type {config.get('type')!r}, allowed: sentencepiece, huggingface")
+    if (path / SP_MODEL).is_file() and not (path / HF_JSON).is_file():
+        tokenizer: Tokenizer = SentencePieceTokenizer(path / SP_MODEL)
+    elif (path / HF_JSON).is_file():
+        tokenizer = HuggingFaceTokenizer((path / HF_JSON,), configured_end(config))
+    elif all((path / name).is_file() for name in GPT2_FILES):
+        tokenizer = HuggingFaceTokenizer(tuple(path / name for name in GPT2_FILES), configured_end(config))
+    else:
+        raise DataError(f"no tokenizer in the folder {path}. {ACCEPTED}")
+    if config.get("format") == OUR_FORMAT:
+        tokenizer.name = str(config.get("name", tokenizer.name))
+        if tokenizer.digest != config.get("digest"):
+            raise DataError(
+                f"tokenizer {path} is damaged or was changed: its files have digest {tokenizer.digest}, {CONFIG} says "
+                f"{config.get('digest')}; train it again, or copy it again"
+            )
+    return tokenizer
+
+
+def _refuse_control_text(tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a tokenizer that reads its own end-of-document token in a text."""
+    for probe in (*END_OF_DOCUMENT_NAMES, tokenizer.end_of_document_text):
+        if tokenizer.end_of_document in tokenizer.encode(f"a {probe}{probe} b"):
+            raise DataError(
+                f"tokenizer {path} turns the text {probe!r} into its end-of-document id, so that a document could end "
+                "itself: mark the token as special in its file"
+            )
