@@ -22,13 +22,16 @@ class Axis:
     """One axis of the mesh as this rank sees it.
 
     `rank` counts along the axis, 0 <= rank < size. `group` holds the ranks that differ from this one on this axis
-    alone; it is None only where torch.distributed is not initialised.
+    alone; it is None only where torch.distributed is not initialised. `sequence`, for the tensor axis: between the
+    split layers each rank holds its part of the sequence (sequence parallelism, Korthikanti et al. 2022) instead of
+    all of it.
     """
 
     name: str
     size: int
     rank: int
     group: dist.ProcessGroup | None
+    sequence: bool = False
 
     @property
     def group_name(self) -> str:
@@ -140,7 +143,8 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     for name, size in sizes.items():
         lines = axis_lines(tuple(sizes.values()), list(sizes).index(name))
         line = next(line for line in lines if rank in line)
-        axes.append(Axis(name=name, size=size, rank=line.index(rank), group=_new_group(lines, rank)))
+        sequence = name == "tensor" and size > 1 and parallel.sequence
+        axes.append(Axis(name, size, line.index(rank), _new_group(lines, rank), sequence))
     return Mesh(axes=tuple(axes), rank=rank, world_size=world_size, device=device)
 
 

@@ -36,6 +36,12 @@ def both_ways(operation, shape, dim, compiled=False):
         ("gather", (2, 1), -1, [([[0, 10], [1, 11]], [[1], [3]]), ([[0, 10], [1, 11]], [[4], [8]])]),
         ("scatter", (4,), 0, [([0, 1], [1, 2, 2, 4]), ([12, 13], [1, 2, 2, 4])]),
         ("scatter", (2, 2), 1, [([[0], [2]], [[1, 2], [2, 4]]), ([[11], [13]], [[1, 2], [2, 4]])]),
+        ("enter", (2,), 0, [([0, 1, 10, 11], [3, 6]), ([0, 1, 10, 11], [9, 12])]),
+        ("enter", (1, 2), 1, [([[0, 1, 10, 11]], [[3, 6]]), ([[0, 1, 10, 11]], [[9, 12]])]),
+        ("enter", (2, 1), -1, [([[0, 10], [1, 11]], [[3], [9]]), ([[0, 10], [1, 11]], [[6], [12]])]),
+        ("leave", (4,), 0, [([10, 12], [1, 2, 2, 4]), ([14, 16], [1, 2, 2, 4])]),
+        ("leave", (1, 2), 1, [([[10]], [[1, 2]]), ([[12]], [[1, 2]])]),
+        ("leave", (2, 2), -1, [([[10], [14]], [[1, 2], [2, 4]]), ([[12], [16]], [[1, 2], [2, 4]])]),
     ],
 )
 def test_both_ways(operation, shape, dim, wanted, compiled):
@@ -61,9 +67,12 @@ def test_an_axis_of_one_needs_no_group():
     assert comm.reduce(x, axis) is x
     assert comm.gather(x, axis, 0) is x
     assert comm.scatter(x, axis, 0) is x
+    assert comm.enter(x, axis, 0) is x
+    assert comm.leave(x, axis, 0) is x
     assert comm.all_reduce(x, axis) is x
 
 
-def test_an_uneven_scatter_is_refused():
+@pytest.mark.parametrize("operation", ["scatter", "leave"])
+def test_an_uneven_split_is_refused(operation):
     with pytest.raises(RuntimeError, match=r"dim 0 of \(3,\) does not split into 2"):
-        run_ranks(2, both_ways, "scatter", (3,), 0)
+        run_ranks(2, both_ways, operation, (3,), 0)

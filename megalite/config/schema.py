@@ -89,6 +89,7 @@ class ParallelConfig:
     """Sizes of the mesh axes; the data axis is what remains of the world size."""
 
     tensor: int = 1
+    sequence: bool = True  # split the sequence over the tensor axis between its layers; no effect at tensor 1
 
 
 @dataclass(frozen=True, kw_only=True)

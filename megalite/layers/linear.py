@@ -1,7 +1,7 @@
 """Linear layers whose weight is split over the tensor axis (Shoeybi et al. 2019, section 3).
 
-A column-parallel layer followed by a row-parallel one needs one all-reduce forward and one backward: the first leaves
-its output split, the second takes it so.
+A column-parallel layer followed by a row-parallel one needs one all-reduce forward and one backward, or their halves:
+the first leaves its output split, the second takes it so.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite import comm
+from megalite.layers.region import column_linear, replicated, sum_partial
 from megalite.layers.shard import Init, Shard, make_parameter
 from megalite.mesh import Axis
 
@@ -20,8 +20,8 @@ class ColumnParallelLinear(nn.Module):
     `parts` are the sizes of the outputs fused into one matrix, e.g. (query, key, value): each is split by itself, so
     that a rank's output is its share of each, side by side.
 
-    Shapes: x (..., inputs), equal on all ranks -> (..., sum(parts) / size), split.
-    Communication: forward none; backward one all-reduce of the gradient of X.
+    Shapes: x_BSD, equal on all ranks or parts of the sequence -> (B, S, sum(parts) / size), split.
+    Communication: see `region.column_linear`.
     """
 
     def __init__(self, inputs: int, parts: Sequence[int], bias: bool, axis: Axis, init: Init) -> None:
@@ -34,7 +34,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return F.linear(comm.copy(x, self.axis), self.weight, self.bias)
+        return column_linear(x, self.weight, self.bias, self.axis)
 
     def extra_repr(self) -> str:
         """Unsharded size and this rank's place."""
@@ -45,8 +45,8 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """Y = X A^T + b with the columns of A (inputs) split: Y = sum over i of X_i A_i^T, plus b once, after the sum.
 
-    Shapes: x (..., inputs / size), split -> (..., outputs), equal on all ranks.
-    Communication: forward one all-reduce of Y; backward none.
+    Shapes: x (B, S, inputs / size), split -> (B, S, outputs), equal on all ranks or parts of the sequence.
+    Communication: see `region.sum_partial`.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, axis: Axis, init: Init) -> None:
@@ -58,8 +58,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        y = comm.reduce(F.linear(x, self.weight), self.axis)
-        return y if self.bias is None else y + self.bias
+        y = sum_partial(F.linear(x, self.weight), self.axis)
+        return y if self.bias is None else y + replicated(self.axis, self.bias)[0]
 
     def extra_repr(self) -> str:
         """Unsharded size and this rank's place."""

@@ -1,4 +1,4 @@
-"""Normalisation over the hidden size; replicated on every tensor rank. Computed in at least fp32, rounded once.
+"""Normalisation over the hidden size; its parameters are on every tensor rank. Computed in at least fp32, rounded once.
 
 The weight is stored as its distance from one. Around one, bf16 has steps of 1/128, and a weight kept there would not
 move for the first dozens of steps of a run (measured: it alone took the loss of a bf16 run 3e-3 from that of fp32,
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.layers.region import replicated
 from megalite.layers.shard import Init, Shard, make_parameter
 from megalite.mesh import Axis
 
@@ -25,14 +26,14 @@ class LayerNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float, axis: Axis) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.axis = eps, axis
         self.weight_offset = make_parameter(Shard((hidden_size,)), Init(), axis)
         self.bias = make_parameter(Shard((hidden_size,)), Init(), axis)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """See the class."""
-        weight, bias = 1 + _wide(self.weight_offset), _wide(self.bias)
-        return F.layer_norm(_wide(x_BSD), bias.shape, weight, bias, self.eps).to(x_BSD.dtype)
+        offset, bias = replicated(self.axis, _wide(self.weight_offset), _wide(self.bias))
+        return F.layer_norm(_wide(x_BSD), bias.shape, 1 + offset, bias, self.eps).to(x_BSD.dtype)
 
     def extra_repr(self) -> str:
         """Size."""
@@ -44,13 +45,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float, axis: Axis) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.axis = eps, axis
         self.weight_offset = make_parameter(Shard((hidden_size,)), Init(), axis)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """See the class."""
-        weight = 1 + _wide(self.weight_offset)
-        return F.rms_norm(_wide(x_BSD), weight.shape, weight, self.eps).to(x_BSD.dtype)
+        (offset,) = replicated(self.axis, _wide(self.weight_offset))
+        return F.rms_norm(_wide(x_BSD), offset.shape, 1 + offset, self.eps).to(x_BSD.dtype)
 
     def extra_repr(self) -> str:
         """Size."""

@@ -26,8 +26,8 @@ class LearnedPositions(nn.Module):
         self.weight = make_parameter(Shard((max_sequence_length, hidden_size)), init, axis)
 
     def forward(self, positions_S: Tensor) -> Tensor:
-        """See the class."""
-        return F.embedding(positions_S, self.weight)
+        """See the class. Positions behind the table, where a sequence was padded, get its last row."""
+        return F.embedding(positions_S.clamp(max=self.weight.shape[0] - 1), self.weight)
 
     def extra_repr(self) -> str:
         """Size."""

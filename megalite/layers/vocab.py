@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megalite import comm
 from megalite.config.validate import VOCAB_MULTIPLE
+from megalite.layers.region import column_linear, sum_partial
 from megalite.layers.shard import Init, Shard, make_parameter
 from megalite.mesh import Axis
 
@@ -26,8 +27,8 @@ def vocab_shard(vocab_size: int, hidden_size: int) -> Shard:
 class VocabParallelEmbedding(nn.Module):
     """Y = E[tokens] with the rows of E split: rank i looks up the tokens it holds, zero elsewhere, and the sum is Y.
 
-    Shapes: tokens_BS (int64, 0 <= token < vocab_size) -> (B, S, D), equal on all ranks.
-    Communication: forward one all-reduce of Y; backward none.
+    Shapes: tokens_BS (int64, 0 <= token < vocab_size) -> (B, S, D), equal on all ranks or parts of the sequence.
+    Communication: see `region.sum_partial`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, init: Init) -> None:
@@ -41,7 +42,7 @@ class VocabParallelEmbedding(nn.Module):
             return F.embedding(tokens_BS, self.weight)
         local_BS, held_BS = _local_rows(tokens_BS, self.weight.shape[0], self.axis)
         x_BSD = F.embedding(local_BS, self.weight) * held_BS.unsqueeze(-1)
-        return comm.reduce(x_BSD, self.axis)
+        return sum_partial(x_BSD, self.axis)
 
     def extra_repr(self) -> str:
         """Unsharded size and this rank's place."""
@@ -53,8 +54,8 @@ class VocabParallelLinear(nn.Module):
 
     `weight` may be the embedding's (tied) or its own.
 
-    Shapes: x_BSD, equal on all ranks -> logits (B, S, padded V / size), split; padded columns hold no meaning.
-    Communication: forward none; backward one all-reduce of the gradient of X.
+    Shapes: x_BSD, equal on all ranks or parts of the sequence -> logits (B, S, padded V / size), split; padded columns
+    hold no meaning. Communication: see `region.column_linear`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, init: Init) -> None:
@@ -73,7 +74,7 @@ class VocabParallelLinear(nn.Module):
 
 def vocab_parallel_logits(x_BSD: Tensor, weight: Tensor, axis: Axis) -> Tensor:
     """X W^T for a weight whose rows are split; see `VocabParallelLinear`."""
-    return F.linear(comm.copy(x_BSD, axis), weight)
+    return column_linear(x_BSD, weight, None, axis)
 
 
 def vocab_parallel_cross_entropy(logits_local: Tensor, labels_BS: Tensor, vocab_size: int, axis: Axis) -> Tensor:

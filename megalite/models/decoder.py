@@ -6,6 +6,7 @@ Legend: B batch, S sequence, D hidden size, V vocabulary, L layers; `key_K`: dro
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite import comm, rng
@@ -16,6 +17,7 @@ from megalite.layers.cache import KVCache
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import NORMS
 from megalite.layers.positions import LearnedPositions, rotary_tables, sinusoids
+from megalite.layers.region import own_part
 from megalite.layers.shard import Init
 from megalite.layers.vocab import (
     VocabParallelEmbedding,
@@ -31,12 +33,15 @@ _ATTENTION_BRANCH, _MLP_BRANCH = 0, 1
 
 
 class Embedding(nn.Module):
-    """Token embedding, plus positions where they are added (learned, sinusoidal), then dropout: (B, S) -> (B, S, D)."""
+    """Token embedding, plus positions where they are added (learned, sinusoidal), then dropout.
+
+    (B, S) -> (B, S, D), or the parts of the sequence (see `layers.region`), as in all that follows up to the head.
+    """
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__()
         init = Init(std=config.init_std)
-        self.kind, self.dropout = config.positions, config.dropout
+        self.kind, self.dropout, self.axis = config.positions, config.dropout, axis
         self.tokens = VocabParallelEmbedding(config.known_vocab_size, config.hidden_size, axis, init)
         learned = config.positions == "learned"
         self.positions = (
@@ -47,9 +52,9 @@ class Embedding(nn.Module):
         """See the class."""
         x_BSD = self.tokens(tokens_BS)
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions(positions_S)
+            x_BSD = x_BSD + own_part(self.positions(positions_S), self.axis)
         elif self.kind == "sinusoidal":
-            x_BSD = x_BSD + sinusoids(positions_S, x_BSD.shape[-1], x_BSD.dtype)
+            x_BSD = x_BSD + own_part(sinusoids(positions_S, x_BSD.shape[-1], x_BSD.dtype), self.axis)
         return x_BSD if key_K is None else rng.dropout(x_BSD, self.dropout, key_K)
 
 
@@ -163,8 +168,10 @@ class Decoder(nn.Module):
         `rng.seed_attention_stream` called before; in evaluation mode nothing is dropped. With a `cache` the tokens
         continue those it holds, and it is advanced.
         """
-        start = 0 if cache is None else cache.length
-        self._check_length(start + tokens_BS.shape[1])
+        assert cache is None or not self.axis.sequence, "a cache holds whole sequences"
+        start, length = 0 if cache is None else cache.length, tokens_BS.shape[1]
+        self._check_length(start + length)
+        tokens_BS = self._padded(tokens_BS)
         positions_S = torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device)
         keys = self._dropout_keys(dropout_key)
         x_BSD = self.embedding(tokens_BS, positions_S, keys[-1])
@@ -172,14 +179,19 @@ class Decoder(nn.Module):
         for block, key_K in zip(self.blocks, keys[:-1], strict=True):
             x_BSD = block(x_BSD, rotary, key_K, cache)
         if cache is not None:
-            cache.advance(tokens_BS.shape[1])
+            cache.advance(length)
         # Read through the embedding in every forward: ZeRO 3 gathers a parameter where it sees it being read.
         tied_weight = self.embedding.tokens.weight if self.config.tied_embeddings else None
-        logits_local = self.head(x_BSD, tied_weight)
+        logits_local = self.head(x_BSD, tied_weight)[:, :length]
         vocab_size = self.config.known_vocab_size
         if labels_BS is None:
             return comm.gather(logits_local, self.axis, dim=-1)[..., :vocab_size]
         return vocab_parallel_cross_entropy(logits_local, labels_BS, vocab_size, self.axis)
+
+    def _padded(self, tokens_BS: Tensor) -> Tensor:
+        """With tokens behind the end, to which none attends, where the sequence would not split into equal parts."""
+        missing = -tokens_BS.shape[1] % self.axis.size if self.axis.sequence else 0
+        return F.pad(tokens_BS, (0, missing)) if missing else tokens_BS
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` sequences of at most `max_length` tokens."""
@@ -203,6 +215,8 @@ class Decoder(nn.Module):
             return [None] * count
         if dropout_key is None:
             raise ValueError("model.dropout is not 0 and the model is in training mode: forward needs a dropout_key")
+        if self.axis.sequence:  # parts of the sequence are not dropped alike
+            dropout_key = rng.derive(dropout_key, self.axis.rank)
         # One stream a layer of the whole model, like logical names; the last is the embedding's.
         streams_N = torch.arange(self.config.num_layers + 1, dtype=torch.int32, device=dropout_key.device)
         keys = rng.derive(dropout_key, streams_N).unbind(0)

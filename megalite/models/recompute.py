@@ -31,7 +31,8 @@ _KEPT = (
     ("aten", "_scaled_dot_product_efficient_attention"),
     ("aten", "_scaled_dot_product_cudnn_attention"),
     ("_c10d_functional", "all_reduce"),
-    ("_c10d_functional", "all_gather_into_tensor"),
+    ("_c10d_functional", "reduce_scatter_tensor"),
+    ("megalite", "gathered_linear"),
     ("_c10d_functional", "wait_tensor"),
 )
 _KEPT_OPS = frozenset(getattr(getattr(torch.ops, namespace), name).default for namespace, name in _KEPT)

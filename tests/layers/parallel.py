@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megalite import comm
 from megalite.config.schema import ParallelConfig
 from megalite.layers.shard import Shard, replace_parameter, shard_of
 from megalite.mesh import Axis, build_mesh
@@ -44,15 +45,24 @@ def check_layer(
     plain: Callable[..., Tensor],
     *inputs: Tensor,
     plant: Callable[[], None] = lambda: None,
+    sequence: bool = False,
 ) -> None:
     """`call(layer, axis, *inputs)` on every rank against `plain(weights, *inputs)`; AssertionError if they differ.
 
-    Both are followed by a backward pass from the same random gradient. `plant` runs on every rank before.
+    Both are followed by a backward pass from the same random gradient. `plant` runs on every rank before. `sequence`:
+    between split layers ranks hold parts of the sequence.
     """
     weights = {name: 0.3 * t for name, t in random_tensors(0, **shapes_of(make)).items()}
     reference = _reference(weights, plain, inputs)
-    ranks = run_ranks(tensor, _on_rank, tensor, make, call, weights, inputs, plant)
+    ranks = run_ranks(
+        tensor, _on_rank, ParallelConfig(tensor=tensor, sequence=sequence), make, call, weights, inputs, plant
+    )
     compare(reference, ranks)
+
+
+def on_parts(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`call` with its only input, x_BSD, and its output in parts of the sequence, for `check_layer(sequence=True)`."""
+    return lambda layer, axis, x_BSD: comm.gather(call(layer, axis, comm.scatter(x_BSD, axis, 1)), axis, 1)
 
 
 def compare(reference: Outcome, ranks: list[Outcome]) -> None:
@@ -95,7 +105,7 @@ def _reference(weights: Tensors, plain: Callable[..., Tensor], inputs: tuple[Ten
 
 
 def _on_rank(
-    tensor: int,
+    parallel: ParallelConfig,
     make: Callable[[Axis], nn.Module],
     call: Callable[..., Tensor],
     weights: Tensors,
@@ -103,7 +113,7 @@ def _on_rank(
     plant: Callable[[], None],
 ) -> Outcome:
     plant()
-    axis = build_mesh(ParallelConfig(tensor=tensor), torch.device("cpu")).tensor
+    axis = build_mesh(parallel, torch.device("cpu")).tensor
     layer = make(axis)
     load_weights(layer, weights, axis)
     leaves = [_leaf(tensor) for tensor in inputs]

@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from megalite import comm
+from megalite.layers import linear, norm
 
 
 def copy_forgets_backward() -> None:
@@ -32,5 +36,33 @@ PLANTS: list[Callable[[], None]] = [
     copy_forgets_backward,
     reduce_forgets_forward,
     reduce_sums_backward,
+    cross_entropy_forgets_sum,
+]
+
+
+def replicated_forgets_sum() -> None:
+    """Norm weights and biases used on parts of the sequence keep each rank's own gradient."""
+    for room in (norm, linear):
+        room.replicated = lambda axis, *parameters: parameters
+
+
+def reduce_scatter_forgets_sum() -> None:
+    """Forward after a row-parallel layer, backward before a column-parallel one."""
+
+    def own_slice(x: Any, dim: int, size: int, group_name: str) -> Any:
+        return x.chunk(size, dim=dim)[dist.get_rank()].contiguous()
+
+    comm.reduce_scatter_in = own_slice
+
+
+def gather_repeats_own_part() -> None:
+    """Parts of the sequence do not travel before a column-parallel layer."""
+    comm.all_gather_in = lambda x, dim, size, group_name: torch.cat([x] * size, dim)
+
+
+SEQUENCE_PLANTS: list[Callable[[], None]] = [
+    replicated_forgets_sum,
+    reduce_scatter_forgets_sum,
+    gather_repeats_own_part,
     cross_entropy_forgets_sum,
 ]

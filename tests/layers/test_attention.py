@@ -9,7 +9,7 @@ from megalite.layers.cache import KVCache
 from megalite.layers.positions import rotary_tables
 from megalite.layers.shard import Init
 from megalite.mesh import Axis
-from tests.layers.parallel import check_layer, load_weights, random_tensors, shapes_of
+from tests.layers.parallel import check_layer, load_weights, on_parts, random_tensors, shapes_of
 from tests.models.plain import plain_attention
 
 SINGLE = Axis("tensor", 1, 0, None)
@@ -45,6 +45,19 @@ def test_attention(name, tensor):
         lambda layer, axis, x: layer(x, rotary(config, x.shape[1])),
         lambda weights, x: plain_attention(weights, "", config, x),
         random_tensors(1, x=(2, 7, 24))["x"],
+    )
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("multi_head", 2), ("grouped", 4)])
+def test_attention_from_and_to_parts_of_the_sequence(name, tensor):
+    config = CONFIGS[name]
+    check_layer(
+        tensor,
+        lambda axis: make(config, axis),
+        on_parts(lambda layer, axis, x: layer(x, rotary(config, 8))),
+        lambda weights, x: plain_attention(weights, "", config, x),
+        random_tensors(1, x=(2, 8, 24))["x"],
+        sequence=True,
     )
 
 

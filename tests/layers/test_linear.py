@@ -37,6 +37,26 @@ def test_row(tensor):
     check_layer(tensor, lambda axis: RowParallelLinear(12, 16, True, axis, Init()), row, plain, x)
 
 
+@pytest.mark.parametrize("tensor", SIZES[1:])
+def test_column_from_parts_of_the_sequence(tensor):
+    x = random_tensors(1, x=(2, 4, 12))["x"]
+
+    def call(layer, axis, x):
+        return column(layer, axis, comm.scatter(x, axis, dim=1))
+
+    check_layer(tensor, lambda axis: ColumnParallelLinear(12, (16,), True, axis, Init()), call, plain, x, sequence=True)
+
+
+@pytest.mark.parametrize("tensor", SIZES[1:])
+def test_row_to_parts_of_the_sequence(tensor):
+    x = random_tensors(1, x=(2, 4, 12))["x"]
+
+    def call(layer, axis, x):
+        return comm.gather(row(layer, axis, x), axis, dim=1)
+
+    check_layer(tensor, lambda axis: RowParallelLinear(12, 16, True, axis, Init()), call, plain, x, sequence=True)
+
+
 def test_planted_missing_backward_all_reduce_is_seen():
     x = random_tensors(1, x=(2, 3, 12))["x"]
     with pytest.raises(AssertionError, match="gradient of input 0"):

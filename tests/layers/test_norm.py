@@ -8,7 +8,7 @@ import torch
 from megalite.config.schema import Norm
 from megalite.layers.norm import NORMS, LayerNorm, RMSNorm
 from megalite.mesh import Axis
-from tests.layers.parallel import check_layer, load_weights, random_tensors
+from tests.layers.parallel import check_layer, load_weights, on_parts, random_tensors
 
 EPS = 1e-5
 
@@ -32,6 +32,14 @@ CASES = [(LayerNorm, plain_layer), (RMSNorm, plain_rms)]
 def test_norm(norm, plain, tensor):
     x = random_tensors(1, x=(2, 5, 8))["x"]
     check_layer(tensor, lambda axis: norm(8, EPS, axis), lambda layer, axis, x: layer(x), plain, x)
+
+
+@pytest.mark.parametrize(("norm", "plain"), CASES)
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_norm_of_parts_of_the_sequence(norm, plain, tensor):
+    x = random_tensors(1, x=(2, 8, 8))["x"]
+    call = on_parts(lambda layer, axis, x: layer(x))
+    check_layer(tensor, lambda axis: norm(8, EPS, axis), call, plain, x, sequence=True)
 
 
 @pytest.mark.parametrize(("norm", "plain"), CASES)

@@ -30,10 +30,10 @@ def step(model, config):
     return [losses.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-def worst_difference(config, recompute, backend):
+def worst_difference(config, recompute, backend, sequence=True):
     """Largest difference between eager and compiled, and how many graphs were made for all blocks."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    mesh = build_mesh(ParallelConfig(tensor=2), CPU)
+    mesh = build_mesh(ParallelConfig(tensor=2, sequence=sequence), CPU)
     model = build_model(config, mesh, recompute)
     materialize(model, mesh, seed=1)
     eager = step(model, config)
@@ -53,14 +53,15 @@ def worst_difference(config, recompute, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "recompute", "backend"),
+    ("name", "recompute", "backend", "sequence"),
     [
-        ("gpt", "none", "inductor"),
-        ("llama", "selective", "aot_eager"),
+        ("gpt", "none", "inductor", True),
+        ("llama", "selective", "aot_eager", False),
+        ("gpt", "selective", "aot_eager", True),
     ],
 )
-def test_compiled_equals_eager_in_one_graph(name, recompute, backend):
-    for worst, graphs in run_ranks(2, worst_difference, CONFIGS[name], recompute, backend):
+def test_compiled_equals_eager_in_one_graph(name, recompute, backend, sequence):
+    for worst, graphs in run_ranks(2, worst_difference, CONFIGS[name], recompute, backend, sequence):
         assert worst < 1e-5  # fp32 rounding
         assert graphs == 1  # the blocks share it
 
@@ -75,7 +76,7 @@ def test_dropout_is_compiled_too():
 
 def test_a_missing_all_reduce_in_the_compiled_block_is_seen():
     def planted(config):
-        mesh = build_mesh(ParallelConfig(tensor=2), CPU)
+        mesh = build_mesh(ParallelConfig(tensor=2, sequence=False), CPU)
         model = build_model(config, mesh)
         materialize(model, mesh, seed=1)
         eager = step(model, config)

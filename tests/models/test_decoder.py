@@ -14,7 +14,7 @@ from megalite.mesh import build_mesh, single_mesh
 from megalite.models import build_model, materialize
 from megalite.models.decoder import Decoder
 from tests.layers.parallel import check_layer
-from tests.layers.plants import PLANTS
+from tests.layers.plants import PLANTS, SEQUENCE_PLANTS
 from tests.models.configs import CONFIGS, GPT, LLAMA
 from tests.models.plain import plain_logits, plain_losses
 from tests.ranks import run_ranks
@@ -45,6 +45,12 @@ def test_losses_and_gradients(name, tensor):
     check_losses(CONFIGS[name], tensor)
 
 
+@pytest.mark.parametrize(("name", "tensor"), [case for case in CASES if case[1] > 1])
+def test_losses_and_gradients_on_parts_of_the_sequence(name, tensor):
+    """Nine tokens: padded to 10 and 12, whose gradients must not show."""
+    check_losses(CONFIGS[name], tensor, sequence=True)
+
+
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 def test_logits_and_gradients(name):
     config = CONFIGS[name]
@@ -64,9 +70,16 @@ def test_planted_bugs_are_seen(name, plant):
         check_losses(CONFIGS[name], 2, plant=plant)
 
 
-def trained(config, recompute, tensor, dropout=0.1):
+@pytest.mark.parametrize("plant", SEQUENCE_PLANTS)
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_planted_bugs_on_parts_of_the_sequence_are_seen(name, plant):
+    with pytest.raises(AssertionError, match="differs by"):
+        check_losses(CONFIGS[name], 2, plant=plant, sequence=True)
+
+
+def trained(config, recompute, parallel, dropout=0.1):
     """Losses and gradients of one micro batch with dropout, on this rank."""
-    mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
+    mesh = build_mesh(parallel, CPU)
     model = build_model(dataclasses.replace(config, dropout=dropout), mesh, recompute)
     materialize(model, mesh, seed=1)
     rng.seed_attention_stream(1, 2, 3, mesh.data.rank, mesh.tensor.rank)
@@ -75,15 +88,16 @@ def trained(config, recompute, tensor, dropout=0.1):
     return [losses.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("name", ["gpt", "llama"])
-def test_recomputation_changes_nothing_with_dropout_on(name, tensor):
-    kept = run_ranks(tensor, trained, CONFIGS[name], "none", tensor)
+def test_recomputation_changes_nothing_with_dropout_on(name, tensor, sequence):
+    parallel = ParallelConfig(tensor=tensor, sequence=sequence)
+    kept = run_ranks(tensor, trained, CONFIGS[name], "none", parallel)
     for recompute in ("selective", "full", "none"):
-        again = run_ranks(tensor, trained, CONFIGS[name], recompute, tensor)
+        again = run_ranks(tensor, trained, CONFIGS[name], recompute, parallel)
         for rank in range(tensor):
             assert all(torch.equal(a, b) for a, b in zip(kept[rank], again[rank], strict=True)), recompute
-    without = run_ranks(tensor, trained, CONFIGS[name], "none", tensor, 0.0)
+    without = run_ranks(tensor, trained, CONFIGS[name], "none", parallel, 0.0)
     assert not torch.equal(kept[0][0], without[0][0])
 
 
@@ -123,9 +137,9 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def operations_of_backward(recompute, tensor):
+def operations_of_backward(recompute, parallel):
     """How often each operation runs in the backward pass."""
-    mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
+    mesh = build_mesh(parallel, CPU)
     model = build_model(GPT, mesh, recompute)
     materialize(model, mesh, seed=1)
     losses = model(tokens(GPT), tokens(GPT, seed=4))
@@ -134,22 +148,30 @@ def operations_of_backward(recompute, tensor):
     return counter.counts
 
 
-def test_selective_recomputes_norms_and_activations_but_no_product_or_collective():
-    none, selective, full = (run_ranks(2, operations_of_backward, kind, 2)[0] for kind in ("none", "selective", "full"))
+@pytest.mark.parametrize("sequence", [False, True])
+def test_selective_recomputes_norms_and_activations_but_no_product_or_collective(sequence):
+    parallel = ParallelConfig(tensor=2, sequence=sequence)
+    none, selective, full = (
+        run_ranks(2, operations_of_backward, kind, parallel)[0] for kind in ("none", "selective", "full")
+    )
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
-    for forward_only in (attention, "aten::addmm", "aten::gelu", "aten::native_layer_norm"):
+    product = "megalite::gathered_linear" if sequence else "aten::addmm"
+    for forward_only in (attention, product, "aten::gelu", "aten::native_layer_norm"):
         assert none[forward_only] == 0
         assert full[forward_only] > 0
     assert selective["aten::gelu"] == full["aten::gelu"]
     assert selective["aten::native_layer_norm"] == full["aten::native_layer_norm"]
-    assert selective[attention] == selective["aten::addmm"] == 0
-    reduction = "_c10d_functional::all_reduce"
-    assert selective[reduction] == none[reduction] < full[reduction]
+    assert selective[attention] == selective[product] == 0
+    for collective in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"):
+        name = f"_c10d_functional::{collective}"
+        assert selective[name] == none[name]
+    reduction = "reduce_scatter_tensor" if sequence else "all_reduce"
+    assert full[f"_c10d_functional::{reduction}"] > none[f"_c10d_functional::{reduction}"]
 
 
 def generate(config, tensor):
     """Greedy tokens with a cache and, for the same tokens, the logits without one."""
-    mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
+    mesh = build_mesh(ParallelConfig(tensor=tensor, sequence=False), CPU)
     model = build_model(config, mesh).eval()
     materialize(model, mesh, seed=5, dtype=torch.float64)
     sequence, cached = tokens(config, length=4), []
@@ -192,6 +214,6 @@ def test_every_residual_site_is_dropped(part, monkeypatch):
     sites = []
     honest = rng.dropout
     monkeypatch.setattr(rng, "dropout", lambda x, p, key_K: sites.append(key_K) or honest(x, p, key_K))
-    trained(GPT, "none", 1)
+    trained(GPT, "none", ParallelConfig())
     assert len(sites) == 1 + 2 * GPT.num_layers
     assert len({tuple(site.tolist()) for site in sites}) == len(sites)
