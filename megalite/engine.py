@@ -18,6 +18,7 @@ from megalite.comm import all_reduce
 from megalite.config.schema import TrainConfig
 from megalite.config.validate import resolve_precision
 from megalite.errors import ConfigError
+from megalite.layers.cross_entropy import LossTerms, Target
 from megalite.mesh import Mesh
 from megalite.models import (
     Decoder,
@@ -64,6 +65,7 @@ class Engine:
         with _refused_overrides(config.engine.ds_overrides):
             self.ds, self.optimizer = self._wrap_model()
         self._dropout = config.model.dropout > 0
+        self._loss_terms = LossTerms(config.objective.label_smoothing, config.objective.z_loss)
 
     def _wrap_model(self) -> tuple[Any, Any]:
         """Give the model storage and put DeepSpeed's engine and optimizer around it."""
@@ -147,12 +149,12 @@ class Engine:
         """Negative log-likelihoods [B, S] in nats; positions outside the mask are 0. Call on every rank."""
         self.ds.eval()
         batch = batch.to(self.mesh.device)
-        losses_BS = self.ds(batch.tokens_BS, labels_BS=batch.labels_BS)
-        return torch.where(batch.mask_BS, losses_BS, 0.0)
+        return torch.where(batch.mask_BS, self.ds(batch.tokens_BS, Target(batch.labels_BS)), 0.0)
 
     def _summed_loss(self, batch: Batch, dropout_key: torch.Tensor | None) -> torch.Tensor:
-        losses_BS = self.ds(batch.tokens_BS, labels_BS=batch.labels_BS, dropout_key=dropout_key)
-        return torch.where(batch.mask_BS, losses_BS, 0.0).sum()
+        # The weights are ones: divided by the number of tokens already here, fp16's gradients would vanish.
+        target = Target(batch.labels_BS, batch.mask_BS.float(), self._loss_terms)
+        return self.ds(batch.tokens_BS, target, dropout_key)
 
     def _dropout_key(self, step: int, micro_batch: int) -> torch.Tensor | None:
         if not self._dropout:

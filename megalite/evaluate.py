@@ -8,6 +8,7 @@ import torch
 from megalite.config.schema import EvaluateConfig, StoreConfig
 from megalite.data.format import TokenStore
 from megalite.errors import ConfigError
+from megalite.layers.cross_entropy import Target
 from megalite.metrics.evaluation import evaluate_store
 from megalite.objectives import Batch, build_objective
 from megalite.runs import LoadedRun, load_run
@@ -41,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     @torch.no_grad()
     def losses(batch: Batch) -> torch.Tensor:
         batch = batch.to(run.mesh.device)
-        return torch.where(batch.mask_BS, run.model(batch.tokens_BS, labels_BS=batch.labels_BS), 0.0)
+        return torch.where(batch.mask_BS, run.model(batch.tokens_BS, Target(batch.labels_BS)), 0.0)
 
     figures: dict[str, float] = {}
     for source, store in stores:

@@ -22,12 +22,13 @@ from benchmarks.gpu.isolate import Emit, short_error
 from megalite import rng
 from megalite.config.schema import ModelConfig, RotaryScalingConfig
 from megalite.layers.attention import Attention
+from megalite.layers.cross_entropy import LossTerms, Target
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import LayerNorm, RMSNorm
 from megalite.layers.positions import LearnedPositions, rotary_tables
 from megalite.layers.shard import Init, replace_parameter
-from megalite.layers.vocab import VocabParallelEmbedding, VocabParallelLinear, vocab_parallel_cross_entropy
+from megalite.layers.vocab import VocabParallelEmbedding, VocabParallelLinear
 from megalite.mesh import Axis, single_mesh
 from megalite.models import build_model, iter_parameter_slots, named_logical_parameters
 
@@ -81,7 +82,8 @@ def layer_cases(sizes: Sizes) -> dict[str, LayerCase]:
         return layer(x_BSD, rotary_tables(positions_S, K, 10000.0, RotaryScalingConfig(), x_BSD.dtype))
 
     def loss(head: VocabParallelLinear, inputs: Tensors) -> Tensor:
-        return vocab_parallel_cross_entropy(head(inputs["x"]), inputs["labels"], V, head.axis)
+        weights_BS = inputs["weights"].detach().to(torch.promote_types(inputs["x"].dtype, torch.float32)).abs()
+        return head(inputs["x"], Target(inputs["labels"], weights_BS, LossTerms(0.1, 1e-3)))
 
     def mlp(activation: str, bias: bool) -> Callable[[Axis], nn.Module]:
         return lambda axis: MLP(D, 4 * D, activation, bias, axis, init, init)
@@ -106,7 +108,9 @@ def layer_cases(sizes: Sizes) -> dict[str, LayerCase]:
         "embedding": LayerCase(
             lambda axis: VocabParallelEmbedding(V, D, axis, init), lambda layer, t: layer(t["ids"]), {}, {"ids": (B, S)}
         ),
-        "head and loss": LayerCase(lambda axis: VocabParallelLinear(V, D, axis, init), loss, x, {"labels": (B, S)}),
+        "head and loss": LayerCase(
+            lambda axis: VocabParallelLinear(V, D, axis, init), loss, x | {"weights": (B, S)}, {"labels": (B, S)}
+        ),
     }
 
 
@@ -230,10 +234,11 @@ def run_decoder(
             block.compile(fullgraph=True, dynamic=False, backend=backend)
     rng.seed_attention_stream(1, 2, 3, 0, 0)
     key = rng.micro_batch_key(1, 2, 3, 0, device) if config.dropout else None
-    losses_BS = model.train()(tokens_BS.to(device), labels_BS.to(device), key)
-    losses_BS.backward(random_gradient(losses_BS))
+    target = Target(labels_BS.to(device), torch.ones(labels_BS.shape, device=device))
+    loss = model.train()(tokens_BS.to(device), target, key)
+    loss.backward()
     grads = {f"gradient of {name}": p.grad for name, p in named_logical_parameters(model) if p.grad is not None}
-    return {"losses": losses_BS.detach()} | grads
+    return {"loss": loss.detach()} | grads
 
 
 def load_values(module: nn.Module, values: Tensors, device: torch.device, dtype: torch.dtype) -> None:

@@ -110,6 +110,8 @@ class ObjectiveConfig:
     """What the model is trained to predict."""
 
     name: Literal["causal_lm"] = "causal_lm"
+    label_smoothing: float = 0.0  # share of the probability that is spread over the whole vocabulary
+    z_loss: float = 0.0  # weight of the squared logarithm of the softmax's sum; PaLM took 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)

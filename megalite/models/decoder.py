@@ -14,6 +14,7 @@ from megalite.config.schema import ModelConfig, Recompute
 from megalite.errors import ConfigError
 from megalite.layers.attention import Attention
 from megalite.layers.cache import KVCache
+from megalite.layers.cross_entropy import Target
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import NORMS
 from megalite.layers.positions import LearnedPositions, rotary_tables, sinusoids
@@ -22,8 +23,7 @@ from megalite.layers.shard import Init
 from megalite.layers.vocab import (
     VocabParallelEmbedding,
     VocabParallelLinear,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_logits,
+    apply_head,
 )
 from megalite.mesh import Axis
 from megalite.models.recompute import run_block
@@ -121,23 +121,23 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, then logits over this rank's part of the vocabulary: (B, S, D) -> (B, S, padded V / size)."""
+    """Final norm, then what `layers.vocab.apply_head` makes of it: logits or a loss."""
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__()
-        self.axis = axis
+        self.axis, self.vocab_size = axis, config.known_vocab_size
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, axis)
         init = Init(std=config.init_std)
         tied = config.tied_embeddings
-        self.output = None if tied else VocabParallelLinear(config.known_vocab_size, config.hidden_size, axis, init)
+        self.output = None if tied else VocabParallelLinear(self.vocab_size, config.hidden_size, axis, init)
 
-    def forward(self, x_BSD: Tensor, tied_weight: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, tied_weight: Tensor | None, target: Target | None) -> Tensor:
         """See the class. `tied_weight`: the embedding's, where the head has none of its own."""
         x_BSD = self.norm(x_BSD)
         if self.output is not None:
-            return self.output(x_BSD)
+            return self.output(x_BSD, target)
         assert tied_weight is not None
-        return vocab_parallel_logits(x_BSD, tied_weight, self.axis)
+        return apply_head(x_BSD, tied_weight, self.vocab_size, self.axis, target)
 
 
 class Decoder(nn.Module):
@@ -154,15 +154,14 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens_BS: Tensor,
-        labels_BS: Tensor | None = None,
+        target: Target | None = None,
         dropout_key: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Losses where there are labels, else logits.
+        """A loss where there is a target, else logits.
 
-        With `labels_BS` (the token that follows each; negative: ignored): losses_BS, each label's negative
-        log-likelihood in nats, fp32. Without: logits_BSV over the unpadded vocabulary, in the parameters' dtype, equal
-        on all tensor ranks.
+        With a `target` (labels: the token that follows each): losses_BS, or their weighted sum, in nats and at least
+        fp32. Without: logits_BSV over the unpadded vocabulary, in the parameters' dtype, equal on all tensor ranks.
 
         `dropout_key` comes from `rng.micro_batch_key` and is needed in training mode if `model.dropout` is not 0, with
         `rng.seed_attention_stream` called before; in evaluation mode nothing is dropped. With a `cache` the tokens
@@ -171,7 +170,7 @@ class Decoder(nn.Module):
         assert cache is None or not self.axis.sequence, "a cache holds whole sequences"
         start, length = 0 if cache is None else cache.length, tokens_BS.shape[1]
         self._check_length(start + length)
-        tokens_BS = self._padded(tokens_BS)
+        tokens_BS, target = self._padded(tokens_BS, target)
         positions_S = torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device)
         keys = self._dropout_keys(dropout_key)
         x_BSD = self.embedding(tokens_BS, positions_S, keys[-1])
@@ -182,16 +181,17 @@ class Decoder(nn.Module):
             cache.advance(length)
         # Read through the embedding in every forward: ZeRO 3 gathers a parameter where it sees it being read.
         tied_weight = self.embedding.tokens.weight if self.config.tied_embeddings else None
-        logits_local = self.head(x_BSD, tied_weight)[:, :length]
-        vocab_size = self.config.known_vocab_size
-        if labels_BS is None:
-            return comm.gather(logits_local, self.axis, dim=-1)[..., :vocab_size]
-        return vocab_parallel_cross_entropy(logits_local, labels_BS, vocab_size, self.axis)
+        y = self.head(x_BSD, tied_weight, target)
+        if target is None:
+            return comm.gather(y, self.axis, dim=-1)[:, :length, : self.config.known_vocab_size]
+        return y if y.ndim == 0 else y[:, :length]
 
-    def _padded(self, tokens_BS: Tensor) -> Tensor:
+    def _padded(self, tokens_BS: Tensor, target: Target | None) -> tuple[Tensor, Target | None]:
         """With tokens behind the end, to which none attends, where the sequence would not split into equal parts."""
         missing = -tokens_BS.shape[1] % self.axis.size if self.axis.sequence else 0
-        return F.pad(tokens_BS, (0, missing)) if missing else tokens_BS
+        if not missing:
+            return tokens_BS, target
+        return F.pad(tokens_BS, (0, missing)), target and target.padded(missing)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` sequences of at most `max_length` tokens."""

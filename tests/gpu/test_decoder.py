@@ -7,6 +7,7 @@ import torch
 import torch._dynamo
 
 from megalite import rng
+from megalite.layers.cross_entropy import Target
 from megalite.mesh import single_mesh
 from megalite.models import build_model, init_parameter, materialize, named_logical_parameters
 from tests.models.configs import GPT, LLAMA
@@ -36,9 +37,10 @@ def step(model, config, device):
     """Losses and gradients of one training pass."""
     rng.seed_attention_stream(1, 2, 3, 0, 0)
     key = rng.micro_batch_key(1, 2, 3, 0, device) if config.dropout else None
-    losses = model(tokens(config).to(device), tokens(config, seed=4).to(device), key)
-    losses.sum().backward()
-    return [losses.detach(), *(parameter.grad for parameter in model.parameters())]
+    labels = tokens(config, seed=4).to(device)
+    loss = model(tokens(config).to(device), Target(labels, torch.ones(labels.shape, device=device)), key)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
 def distance(found, wanted):
@@ -56,8 +58,9 @@ def plain_step(config, dtype):
         for name, parameter in named_logical_parameters(model)
     }
     losses = plain_losses(weights, config, tokens(config), tokens(config, seed=4))
-    losses.sum().backward()
-    return [losses.detach(), *(weight.grad for weight in weights.values())]
+    loss = losses.sum()
+    loss.backward()
+    return [loss.detach(), *(weight.grad for weight in weights.values())]
 
 
 def unpadded(model, results):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalite import rng
 from megalite.config.schema import ParallelConfig
 from megalite.errors import ConfigError
+from megalite.layers.cross_entropy import Target
 from megalite.mesh import build_mesh, single_mesh
 from megalite.models import build_model, materialize
 from megalite.models.decoder import Decoder
@@ -20,6 +21,7 @@ from tests.models.plain import plain_logits, plain_losses
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
+WEIGHTS = torch.rand((2, 9), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 CASES = [(name, tensor) for name in ("gpt", "llama") for tensor in (1, 2, 4)] + [("mixed", 2)]
 
 
@@ -32,8 +34,8 @@ def check_losses(config, tensor, **options):
     check_layer(
         tensor,
         lambda axis: Decoder(config, axis),
-        lambda model, axis, tokens_BS, labels_BS: model(tokens_BS, labels_BS),
-        lambda weights, tokens_BS, labels_BS: plain_losses(weights, config, tokens_BS, labels_BS),
+        lambda model, axis, tokens_BS, labels_BS: model(tokens_BS, Target(labels_BS, WEIGHTS)),
+        lambda weights, tokens_BS, labels_BS: (plain_losses(weights, config, tokens_BS, labels_BS) * WEIGHTS).sum(),
         tokens(config),
         tokens(config, seed=4),
         **options,
@@ -83,9 +85,10 @@ def trained(config, recompute, parallel, dropout=0.1):
     model = build_model(dataclasses.replace(config, dropout=dropout), mesh, recompute)
     materialize(model, mesh, seed=1)
     rng.seed_attention_stream(1, 2, 3, mesh.data.rank, mesh.tensor.rank)
-    losses = model(tokens(config), tokens(config, seed=4), rng.micro_batch_key(1, 2, 3, mesh.data.rank, CPU))
-    losses.sum().backward()
-    return [losses.detach(), *(parameter.grad for parameter in model.parameters())]
+    target = Target(tokens(config, seed=4), WEIGHTS.float())
+    loss = model(tokens(config), target, rng.micro_batch_key(1, 2, 3, mesh.data.rank, CPU))
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
@@ -116,8 +119,8 @@ def saved_bytes(recompute):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = model(tokens(GPT), tokens(GPT, seed=4))
-    del losses
+        loss = model(tokens(GPT), Target(tokens(GPT, seed=4), WEIGHTS.float()))
+    del loss
     return sum(kept.values())
 
 
@@ -142,9 +145,9 @@ def operations_of_backward(recompute, parallel):
     mesh = build_mesh(parallel, CPU)
     model = build_model(GPT, mesh, recompute)
     materialize(model, mesh, seed=1)
-    losses = model(tokens(GPT), tokens(GPT, seed=4))
+    loss = model(tokens(GPT), Target(tokens(GPT, seed=4), WEIGHTS.float()))
     with Counter() as counter:
-        losses.sum().backward()
+        loss.backward()
     return counter.counts
 
 
