@@ -8,6 +8,7 @@
 | leave    | reduce-scatter along dim  | all-gather along dim      | as reduce, to parts of the sequence           |
 | gather   | all-gather along dim      | own slice                 | to make replicated what is split              |
 | scatter  | own slice along dim       | all-gather along dim      | to split what is replicated                   |
+| exchange | all-to-all, split to join | all-to-all, join to split | to split another dim instead                  |
 
 `copy` and `reduce` are f and g of Shoeybi et al. 2019 (Megatron-LM, section 3), `enter` and `leave` are g and its
 conjugate of Korthikanti et al. 2022 (section 4.2.2). All are the identity on an axis of size one. They are built from
@@ -69,6 +70,14 @@ def leave(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x if axis.size == 1 else _Leave.apply(x, axis, dim)
 
 
+def exchange(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+    """Split `x` along dim `split`, give each rank its part, and concatenate what comes along dim `join`, in rank order.
+
+    The backward is the way back. `x.shape[split]` must be a multiple of the axis size.
+    """
+    return x if axis.size == 1 else _Exchange.apply(x, axis, split, join)
+
+
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """`x` reduced over the axis by `op` (`sum` or `max`), as a new tensor; no gradient flows through it."""
     return x if axis.size == 1 else _all_reduce(x.detach(), axis, op)
@@ -102,6 +111,14 @@ def reduce_scatter_in(x: Tensor, dim: int, size: int, group_name: str) -> Tensor
     stacked = x if math.prod(x.shape[:dim]) == 1 else torch.cat(x.chunk(size, dim=dim), dim=0)
     stacked = stacked.reshape(size * shape[0], *shape[1:]).contiguous()
     return _wait(torch.ops._c10d_functional.reduce_scatter_tensor(stacked, "sum", size, group_name))
+
+
+def _all_to_all(x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+    assert x.shape[split] % axis.size == 0, f"dim {split} of {tuple(x.shape)} does not split into {axis.size}"
+    stacked = torch.stack(x.chunk(axis.size, dim=split))
+    sizes = [1] * axis.size
+    received = _wait(torch.ops._c10d_functional.all_to_all_single(stacked, sizes, sizes, axis.group_name))
+    return torch.cat(received.unbind(), dim=join)
 
 
 def _all_reduce(x: Tensor, axis: Axis, op: str) -> Tensor:
@@ -180,3 +197,14 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(grad, ctx.axis, ctx.dim), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _FunctionCtx, x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+        ctx.axis, ctx.split, ctx.join = axis, split, join
+        return _all_to_all(x, axis, split, join)
+
+    @staticmethod
+    def backward(ctx: _FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.axis, ctx.join, ctx.split), None, None, None

@@ -112,28 +112,29 @@ class Engine:
             return
         # ZeRO 3: this rank's piece of the flat tensor; small parameters are kept whole on every rank besides.
         piece, flat = parameter.ds_tensor, value.flatten()  # type: ignore[attr-defined]
-        own = flat[self.mesh.data.rank * piece.numel() :][: piece.numel()]
+        own = flat[self.mesh.replica.rank * piece.numel() :][: piece.numel()]
         piece[: len(own)].copy_(own)
         if parameter.data.shape == value.shape:
             parameter.data.copy_(value)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
-        """Forward, backward and update over this replica's micro batches of the global batch.
+        """Forward, backward and update over this data rank's micro batches of the global batch, of whole sequences.
 
         The loss is normalised by the number of predicted tokens of the whole global batch, counted before the first
-        backward; DeepSpeed averages gradients over the data axis, which is undone beforehand. `step` keys the dropout.
+        backward; DeepSpeed averages gradients over data and context, which is undone beforehand. `step` keys the
+        dropout.
         """
         self.ds.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        micro_batches = [batch.to(self.mesh.device) for batch in micro_batches]
+        micro_batches = [self._own_part(batch.to(self.mesh.device)) for batch in micro_batches]
         num_tokens = torch.stack([batch.mask_BS.sum() for batch in micro_batches]).sum()
-        num_tokens = all_reduce(num_tokens, self.mesh.data)
+        num_tokens = all_reduce(num_tokens, self.mesh.replica)
         loss = torch.zeros((), device=self.mesh.device)
         grad_norm: torch.Tensor | float | None = None
         for i, batch in enumerate(micro_batches):
             part = self._summed_loss(batch, self._dropout_key(step, i)) / num_tokens
-            self.ds.backward(part * self.mesh.data.size, scale_wrt_gas=False)
+            self.ds.backward(part * self.mesh.replica.size, scale_wrt_gas=False)
             loss += part.detach()
             if self.zero_stage == 0 and i == len(micro_batches) - 1:
                 grad_norm = clip_grad_norm(self.model.parameters(), self.config.engine.grad_clip, self.mesh.tensor)
@@ -142,14 +143,23 @@ class Engine:
             self.ds.step()
         if grad_norm is None:
             grad_norm = self.ds.get_global_grad_norm()
-        return StepResult(all_reduce(loss, self.mesh.data), grad_norm, self.ds.was_step_applied())
+        return StepResult(all_reduce(loss, self.mesh.replica), grad_norm, self.ds.was_step_applied())
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """Negative log-likelihoods [B, S] in nats; positions outside the mask are 0. Call on every rank."""
+        """Negative log-likelihoods [B, S] in nats of the positions that this rank holds; 0 outside the mask.
+
+        Call on every rank.
+        """
         self.ds.eval()
-        batch = batch.to(self.mesh.device)
+        batch = self._own_part(batch.to(self.mesh.device))
         return torch.where(batch.mask_BS, self.ds(batch.tokens_BS, Target(batch.labels_BS)), 0.0)
+
+    def _own_part(self, batch: Batch) -> Batch:
+        if self.mesh.context.size == 1:
+            return batch
+        held = batch.tokens_BS.shape[1] // self.mesh.context.size
+        return batch.part(self.model.positions(held, self.mesh.device))
 
     def _summed_loss(self, batch: Batch, dropout_key: torch.Tensor | None) -> torch.Tensor:
         # The weights are ones: divided by the number of tokens already here, fp16's gradients would vanish.
@@ -160,14 +170,14 @@ class Engine:
         if not self._dropout:
             return None
         seed, mesh = self.config.seed, self.mesh
-        seed_attention_stream(seed, step, micro_batch, mesh.data.rank, mesh.tensor.rank)
-        return micro_batch_key(seed, step, micro_batch, mesh.data.rank, mesh.device)
+        seed_attention_stream(seed, step, micro_batch, mesh.replica.rank, mesh.tensor.rank)
+        return micro_batch_key(seed, step, micro_batch, mesh.replica.rank, mesh.device)
 
     def _skip_unsharded(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> StepResult:
         """Without ZeRO, DeepSpeed does not look for inf and nan: drop the gradients here."""
         self.ds.zero_grad()
         self.ds.micro_steps += 1  # what step() would have counted, so that the next boundary falls right
-        return StepResult(all_reduce(loss, self.mesh.data), grad_norm, False)
+        return StepResult(all_reduce(loss, self.mesh.replica), grad_norm, False)
 
 
 def _check_precision(deepspeed: Any, precision: str) -> None:
@@ -209,7 +219,8 @@ def build_ds_config(config: TrainConfig, mesh: Mesh, precision: str) -> dict[str
     if engine.offload == "parameters":
         zero["offload_param"] = offload
     ds_config: dict[str, Any] = {
-        "train_batch_size": trainer.global_batch_size,
+        # To DeepSpeed, ranks that share sequences are replicas with sequences of their own.
+        "train_batch_size": trainer.global_batch_size * mesh.context.size,
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "zero_optimization": zero,
         # Without ZeRO the norm and the clipping are ours: DeepSpeed reports none.
@@ -261,7 +272,7 @@ def _import_deepspeed(device_type: str) -> Any:
 def _allocate_sharded(
     deepspeed: Any, model: Decoder, mesh: Mesh, ds_config: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Give every parameter storage and shard it over the data axis at once, one after the other.
+    """Give every parameter storage and shard it over data and context at once, one after the other.
 
     Memory stays below this rank's shard and the largest tensor.
     """
@@ -272,7 +283,7 @@ def _allocate_sharded(
         holder.weight.__dict__.update(meta.__dict__)
         deepspeed.zero.Init(
             module=holder,
-            data_parallel_group=mesh.data.group,
+            data_parallel_group=mesh.replica.group,
             config_dict_or_path=ds_config,
             dtype=dtype,
             mpu=mesh.mpu,

@@ -1,7 +1,7 @@
 """The device mesh: which rank stands where on which axis, and the process group of each axis.
 
 Ranks are numbered with the last axis innermost, so a tensor-parallel group is a run of consecutive ranks: on one host,
-over its fastest links. The order of axes, outermost first: data, tensor. Further axes (pipeline, expert, context) join
+over its fastest links. The order of axes, outermost first: data, context, tensor. Further axes (pipeline, expert) join
 the list in `build_mesh`; nothing else here knows how many there are.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megalite.config.schema import ParallelConfig
+from megalite.config.schema import ContextMethod, ParallelConfig
 from megalite.config.validate import divisors
 from megalite.errors import ConfigError
 
@@ -42,12 +42,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All axes, outermost first, and this process's place: global rank, world size, device."""
+    """All axes, outermost first, and this process's place: global rank, world size, device.
+
+    `replica` is data and context together: the ranks that hold the same parameters and different tokens. ZeRO shards
+    over it, and gradients, losses and token counts are summed over it.
+    """
 
     axes: tuple[Axis, ...]
+    replica: Axis
     rank: int
     world_size: int
     device: torch.device
+    context_method: ContextMethod = "auto"
 
     def axis(self, name: str) -> Axis:
         """The axis called `name`; KeyError if the mesh has none."""
@@ -62,8 +68,13 @@ class Mesh:
         return self.axis("tensor")
 
     @property
+    def context(self) -> Axis:
+        """Ranks that hold the same shards and see different parts of the same sequences."""
+        return self.axis("context")
+
+    @property
     def data(self) -> Axis:
-        """Ranks that hold the same shards and see different data."""
+        """Ranks that hold the same shards and see different sequences."""
         return self.axis("data")
 
     @property
@@ -107,19 +118,19 @@ class Mpu:
 
     def get_data_parallel_rank(self) -> int:
         """Rank on the axis that ZeRO shards over."""
-        return self._mesh.data.rank
+        return self._mesh.replica.rank
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         """Group that ZeRO shards and averages over."""
-        return self._mesh.data.group
+        return self._mesh.replica.group
 
     def get_data_parallel_world_size(self) -> int:
         """Size of the axis that ZeRO shards over."""
-        return self._mesh.data.size
+        return self._mesh.replica.size
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Global ranks of the data-parallel group."""
-        group = self._mesh.data.group
+        group = self._mesh.replica.group
         return [self._mesh.rank] if group is None else dist.get_process_group_ranks(group)
 
 
@@ -130,42 +141,50 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     is a world of one, without groups. Raises `ConfigError` if the world does not divide into the axes.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    inner = {"tensor": parallel.tensor}
-    replica = math.prod(inner.values())
-    if replica < 1 or world_size % replica != 0:
+    inner = {"context": parallel.context, "tensor": parallel.tensor}
+    shared = math.prod(inner.values())
+    if shared < 1 or world_size % shared != 0:
         raise ConfigError(
-            f"parallel.tensor={parallel.tensor}: {world_size} ranks cannot be divided into tensor-parallel groups of "
-            f"{parallel.tensor}. Set parallel.tensor to a divisor of the number of ranks ({divisors(world_size)}), or "
-            "change launch.nproc_per_node."
+            f"parallel.tensor={parallel.tensor} x parallel.context={parallel.context}: {world_size} ranks cannot be "
+            f"divided into groups of {shared}. Make the product a divisor of the number of ranks "
+            f"({divisors(world_size)}), or change launch.nproc_per_node."
         )
-    sizes = {"data": world_size // replica} | inner
-    axes = []
-    for name, size in sizes.items():
-        lines = axis_lines(tuple(sizes.values()), list(sizes).index(name))
+    sizes = {"data": world_size // shared} | inner
+    names = list(sizes)
+
+    def new_axis(name: str, *parts: str) -> Axis:
+        lines = axis_lines(tuple(sizes.values()), tuple(names.index(part) for part in parts))
         line = next(line for line in lines if rank in line)
-        sequence = name == "tensor" and size > 1 and parallel.sequence
-        axes.append(Axis(name, size, line.index(rank), _new_group(lines, rank), sequence))
-    return Mesh(axes=tuple(axes), rank=rank, world_size=world_size, device=device)
+        sequence = name == "tensor" and len(line) > 1 and parallel.sequence
+        return Axis(name, len(line), line.index(rank), _new_group(lines, rank), sequence)
+
+    axes = tuple(new_axis(name, name) for name in names)
+    replica = new_axis("replica", "data", "context") if parallel.context > 1 else axes[0]
+    return Mesh(axes, replica, rank, world_size, device, parallel.context_method)
 
 
 def single_mesh(device: torch.device) -> Mesh:
     """A world of one, without process groups, whatever torch.distributed says: to count or convert a whole model."""
-    axes = tuple(Axis(name=name, size=1, rank=0, group=None) for name in ("data", "tensor"))
-    return Mesh(axes=axes, rank=0, world_size=1, device=device)
+    axes = tuple(Axis(name=name, size=1, rank=0, group=None) for name in ("data", "context", "tensor"))
+    return Mesh(axes=axes, replica=axes[0], rank=0, world_size=1, device=device)
 
 
-def axis_lines(sizes: tuple[int, ...], axis: int) -> list[list[int]]:
-    """The groups of one axis as lists of global ranks, for a mesh of `sizes`, outermost first.
+def axis_lines(sizes: tuple[int, ...], axes: tuple[int, ...]) -> list[list[int]]:
+    """The groups of one axis, or of several together, as lists of global ranks, for a mesh of `sizes`, outermost first.
 
-    >>> axis_lines((2, 3), 1)
+    >>> axis_lines((2, 3), (1,))
     [[0, 1, 2], [3, 4, 5]]
-    >>> axis_lines((2, 3), 0)
+    >>> axis_lines((2, 3), (0,))
     [[0, 3], [1, 4], [2, 5]]
+    >>> axis_lines((2, 1, 2), (0, 1))
+    [[0, 2], [1, 3]]
     """
-    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    others = [range(size) if i != axis else (0,) for i, size in enumerate(sizes)]
-    starts = (sum(c * s for c, s in zip(place, strides, strict=True)) for place in itertools.product(*others))
-    return [[start + step * strides[axis] for step in range(sizes[axis])] for start in starts]
+    ranks = list(itertools.product(*(range(size) for size in sizes)))  # places, in the order of global ranks
+    lines: dict[tuple[int, ...], list[int]] = {}
+    for rank, place in enumerate(ranks):
+        others = tuple(number for axis, number in enumerate(place) if axis not in axes)
+        lines.setdefault(others, []).append(rank)
+    return list(lines.values())
 
 
 def _new_group(lines: list[list[int]], rank: int) -> dist.ProcessGroup | None:

@@ -15,21 +15,22 @@ CPU = torch.device("cpu")
 
 
 def test_lines_of_three_axes():
-    assert axis_lines((2, 2, 2), 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert axis_lines((2, 2, 2), 1) == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert axis_lines((2, 2, 2), 0) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert axis_lines((2, 2, 2), (2,)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert axis_lines((2, 2, 2), (1,)) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert axis_lines((2, 2, 2), (0,)) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert axis_lines((2, 2, 2), (0, 1)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 @pytest.mark.parametrize("sizes", [(1,), (3, 1), (1, 4), (2, 3, 4)])
 def test_every_rank_is_in_one_line_of_each_axis(sizes):
     for axis, size in enumerate(sizes):
-        lines = axis_lines(sizes, axis)
+        lines = axis_lines(sizes, (axis,))
         assert sorted(rank for line in lines for rank in line) == list(range(math.prod(sizes)))
         assert {len(line) for line in lines} == {size}
 
 
-def describe(tensor):
-    mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
+def describe(tensor, context=1):
+    mesh = build_mesh(ParallelConfig(tensor=tensor, context=context), CPU)
     ranks = {axis.name: dist.get_process_group_ranks(axis.group) for axis in mesh.axes}
     total = torch.tensor([mesh.rank])
     dist.all_reduce(total, group=mesh.tensor.group)
@@ -55,11 +56,21 @@ def test_tensor_ranks_are_consecutive():
 def test_axes_of_size_one_have_groups_too():
     (found,) = run_ranks(1, describe, 1)
     assert found["sizes"] == (1, 1)
-    assert found["ranks"] == {"data": [0], "tensor": [0]}
+    assert found["ranks"] == {"data": [0], "context": [0], "tensor": [0]}
+
+
+def test_zero_shards_over_data_and_context():
+    found = run_ranks(4, describe, 1, 2)
+    assert [place["ranks"]["data"] for place in found] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [place["ranks"]["context"] for place in found] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [place["mpu_data_ranks"] for place in found] == [[0, 1, 2, 3]] * 4
+    found = run_ranks(4, describe, 2, 2)
+    assert [place["ranks"]["context"] for place in found] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [place["mpu_data_ranks"] for place in found] == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
 
 def test_a_world_that_does_not_divide_is_refused():
-    with pytest.raises(RuntimeError, match=r"ConfigError: parallel.tensor=3: 2 ranks .* \(1, 2\)"):
+    with pytest.raises(RuntimeError, match=r"ConfigError: parallel.tensor=3 x parallel.context=1: 2 ranks .* \(1, 2\)"):
         run_ranks(2, describe, 3)
 
 
@@ -73,7 +84,7 @@ def test_without_torch_distributed_it_is_a_world_of_one():
 
 
 def test_an_unknown_axis_names_the_known_ones():
-    with pytest.raises(KeyError, match="data, tensor"):
+    with pytest.raises(KeyError, match="data, context, tensor"):
         single_mesh(CPU).axis("pipeline")
 
 

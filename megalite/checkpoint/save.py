@@ -102,6 +102,7 @@ def _manifest(engine: Engine, counters: Counters, files: list[FileEntry]) -> Man
         topology={
             "world_size": engine.mesh.world_size,
             "tensor": engine.mesh.tensor.size,
+            "context": engine.mesh.context.size,
             "data": engine.mesh.data.size,
             "zero_stage": engine.zero_stage,
             "precision": engine.precision,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
+ContextMethod = Literal["auto", "ulysses", "ring"]
 Offload = Literal["none", "optimizer", "parameters"]
 Positions = Literal["learned", "sinusoidal", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -90,6 +91,8 @@ class ParallelConfig:
 
     tensor: int = 1
     sequence: bool = True  # split the sequence over the tensor axis between its layers; no effect at tensor 1
+    context: int = 1  # ranks that share each sequence, for sequences too long for one
+    context_method: ContextMethod = "auto"  # auto: ulysses while there are heads for it, then ring
 
 
 @dataclass(frozen=True, kw_only=True)

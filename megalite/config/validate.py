@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megalite.config.schema import EngineConfig, ModelConfig, Precision, StoreConfig, TrainConfig
+from megalite.config.schema import ContextMethod, EngineConfig, ModelConfig, Precision, StoreConfig, TrainConfig
 from megalite.errors import ConfigError
 
 # The vocabulary is padded to this multiple whatever the tensor-parallel size, so the padded shape never depends on it.
@@ -58,6 +58,13 @@ def resolve_precision(engine: EngineConfig, device_type: str) -> Precision:
     if engine.precision != "auto":
         return engine.precision
     return "fp32" if device_type == "cpu" else "bf16"
+
+
+def resolve_context_method(method: ContextMethod, model: ModelConfig, tensor: int, context: int) -> ContextMethod:
+    """The method that `auto` stands for: ulysses where every rank gets key and value heads of its own, else ring."""
+    if method != "auto":
+        return method
+    return "ulysses" if model.num_kv_heads // tensor % context == 0 else "ring"
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -132,7 +139,7 @@ def _trainer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         yield f"trainer.eval_every: found {trainer.eval_every}, but data.validation names no store to evaluate on"
     if trainer.stop_after is not None and not 1 <= trainer.stop_after <= trainer.steps:
         yield f"trainer.stop_after: found {trainer.stop_after}, must lie between 1 and trainer.steps={trainer.steps}"
-    data_size, rest = divmod(world_size, max(config.parallel.tensor, 1))
+    data_size, rest = divmod(world_size, max(config.parallel.tensor * config.parallel.context, 1))
     if rest or data_size < 1:
         return  # said by _parallel_rules
     at_once = trainer.micro_batch_size * data_size
@@ -161,9 +168,47 @@ def _parallel_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     for key, size in split.items():
         if size is not None and size % tensor:
             yield f"parallel.tensor: found {tensor}, must divide model.{key}={size}; allowed: {divisors(size)}"
+    yield from _context_rules(config, world_size)
     if model.vocab_size is not None and padded_vocab_size(model.vocab_size) % tensor:
         padded = padded_vocab_size(model.vocab_size)
         yield f"parallel.tensor: found {tensor}, must divide the padded vocabulary of {padded} rows"
+
+
+def _context_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
+    model, parallel, length = config.model, config.parallel, config.data.sequence_length
+    if parallel.context < 1:
+        yield f"parallel.context: found {parallel.context}, must be at least 1"
+        return
+    if parallel.context == 1:
+        return
+    replicas = world_size // parallel.tensor
+    if replicas % parallel.context:
+        yield (
+            f"parallel.context: found {parallel.context}, must divide what the tensor axis leaves of {world_size} "
+            f"processes, which is {replicas}; allowed: {divisors(replicas)}; or start another number of processes"
+        )
+    method = resolve_context_method(parallel.context_method, model, parallel.tensor, parallel.context)
+    heads = model.num_kv_heads // parallel.tensor
+    if method == "ulysses" and heads % parallel.context:
+        yield (
+            f"parallel.context_method: found ulysses, which splits the {heads} key and value heads of a rank over "
+            f"parallel.context={parallel.context}; allowed: ring, or a parallel.context of {divisors(heads)}"
+        )
+    if method == "ring" and model.dropout > 0:
+        yield (
+            f"model.dropout: found {model.dropout} with ring attention, which cannot drop attention weights; allowed: "
+            "0, or parallel.context_method=ulysses"
+        )
+    if method == "ring" and config.engine.compile:
+        yield "engine.compile: true does not go with ring attention; allowed: false, or parallel.context_method=ulysses"
+    runs = parallel.context * (2 if method == "ring" else 1)
+    parts = runs * (parallel.tensor if parallel.sequence else 1)
+    if length % parts:
+        yield (
+            f"data.sequence_length: found {length}, must be a multiple of {parts} = {runs} runs ({method}, "
+            f"parallel.context={parallel.context}) x {parts // runs} tensor ranks; nearest: "
+            f"{max(length // parts, 1) * parts} or {(length // parts + 1) * parts}"
+        )
 
 
 def _engine_rules(config: TrainConfig, world_size: int) -> Iterator[str]:

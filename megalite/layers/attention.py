@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.layers.cache import KVCache
+from megalite.layers.context import Context
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.positions import apply_rotary
 from megalite.layers.shard import Init
@@ -21,7 +22,8 @@ class Attention(nn.Module):
     consecutive query heads (grouped-query attention, Ainslie et al. 2023).
 
     Shapes: x_BSD, equal on all ranks -> (B, S, D), equal on all ranks.
-    Communication: forward one all-reduce (output projection), backward one (before the fused projection).
+    Communication: that of its two linear layers, and that of `context` where ranks share a sequence (the S tokens are
+    then those of this rank).
     Dropout on the attention weights draws from torch's default generator (see `rng.seed_attention_stream`).
     """
 
@@ -36,11 +38,12 @@ class Attention(nn.Module):
         axis: Axis,
         init: Init,
         output_init: Init,
+        context: Context | None = None,
     ) -> None:
         super().__init__()
         assert num_heads % num_kv_heads == 0, f"{num_heads} heads do not share {num_kv_heads} evenly"
         assert num_kv_heads % axis.size == 0, f"{num_kv_heads} heads do not split over {axis.size} ranks"
-        self.head_size, self.dropout = head_size, dropout
+        self.head_size, self.dropout, self.context = head_size, dropout, context
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.heads_local, self.kv_heads_local = num_heads // axis.size, num_kv_heads // axis.size
         parts = (num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size)
@@ -58,11 +61,13 @@ class Attention(nn.Module):
         q_BSHK, k_BSGK, v_BSGK = self._heads(self.qkv(x_BSD))
         if rotary is not None:
             q_BSHK, k_BSGK = apply_rotary(q_BSHK, *rotary), apply_rotary(k_BSGK, *rotary)
-        mask_ST = None
-        if cache is not None:
+        if self.context is not None:
+            y_BSHK = self.context.attend(q_BSHK, k_BSGK, v_BSGK, self._attend)
+        elif cache is not None:
             mask_ST = _mask_behind(cache.length, q_BSHK.shape[1], q_BSHK.device)
-            k_BSGK, v_BSGK = cache.update(layer, k_BSGK, v_BSGK)
-        y_BSHK = self._attend(q_BSHK, k_BSGK, v_BSGK, mask_ST)
+            y_BSHK = self._attend(q_BSHK, *cache.update(layer, k_BSGK, v_BSGK), mask_ST)
+        else:
+            y_BSHK = self._attend(q_BSHK, k_BSGK, v_BSGK)
         return self.output(y_BSHK.flatten(2))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,11 +77,12 @@ class Attention(nn.Module):
         shape = (*qkv.shape[:2], -1, self.head_size)
         return q.reshape(shape), k.reshape(shape), v.reshape(shape)
 
-    def _attend(self, q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_ST: Tensor | None) -> Tensor:
-        grouped = self.heads_local != self.kv_heads_local
+    def _attend(self, q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_ST: Tensor | None = None) -> Tensor:
+        shared = self.heads_local // self.kv_heads_local
+        grouped = shared > 1
         if grouped and q_BSHK.dtype not in (torch.bfloat16, torch.float16):
             # CUDA's fused kernels take grouped heads in half precision only; the plain one keeps S x T weights.
-            k_BTGK, v_BTGK = (t.repeat_interleave(self.heads_local // self.kv_heads_local, 2) for t in (k_BTGK, v_BTGK))
+            k_BTGK, v_BTGK = (t.repeat_interleave(shared, 2) for t in (k_BTGK, v_BTGK))
             grouped = False
         y_BHSK = F.scaled_dot_product_attention(
             q_BSHK.transpose(1, 2),

@@ -22,9 +22,10 @@ def evaluate_store(
 ) -> dict[str, float]:
     """Figures of one store as `eval/<source>/loss` (nats a token), `/perplexity` and `/bits_per_byte`.
 
-    `losses` maps a batch to negative log-likelihoods [B, S] in nats, 0 where the mask is false. Bits per byte is the
-    summed negative log2-likelihood of the documents' tokens over the UTF-8 bytes of their untouched text, comparable
-    across tokenizers. Every data-parallel replica takes its share of the windows; all ranks return the same figures.
+    `losses` maps a batch to negative log-likelihoods in nats of the positions that this rank holds, 0 where the mask is
+    false. Bits per byte is the summed negative log2-likelihood of the documents' tokens over the UTF-8 bytes of their
+    untouched text, comparable across tokenizers. Every data rank takes its share of the windows; all ranks return the
+    same figures.
     """
     rows = micro_batch_size * mesh.data.size
     windows = objective.evaluation_windows(store)
@@ -35,7 +36,7 @@ def evaluate_store(
         start = mesh.data.rank * micro_batch_size
         batch = objective.evaluation_batch(chunk[start : start + micro_batch_size], micro_batch_size)
         total += losses(batch).double().sum()
-    nats = all_reduce(total, mesh.data).item()
+    nats = all_reduce(total, mesh.replica).item()
     loss = nats / max(num_tokens, 1)
     return {
         f"eval/{source}/loss": loss,

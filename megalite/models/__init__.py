@@ -1,6 +1,8 @@
 """Architectures, by name, and what surrounds a model: its parameters' names and initial values, counts."""
 
 from megalite.config.schema import ModelConfig, Recompute
+from megalite.config.validate import resolve_context_method
+from megalite.layers.context import Context
 from megalite.mesh import Mesh
 from megalite.models.counts import count_parameters, flops_per_token
 from megalite.models.decoder import Decoder
@@ -30,4 +32,8 @@ ARCHITECTURES = {"decoder": Decoder}
 
 def build_model(config: ModelConfig, mesh: Mesh, recompute: Recompute = "none") -> Decoder:
     """This rank's share of the model, on the meta device: shapes without storage (see `materialize`)."""
-    return ARCHITECTURES[config.architecture](config, mesh.tensor, recompute)
+    context = None
+    if mesh.context.size > 1:
+        method = resolve_context_method(mesh.context_method, config, mesh.tensor.size, mesh.context.size)
+        context = Context(mesh.context, method)
+    return ARCHITECTURES[config.architecture](config, mesh.tensor, recompute, context)

@@ -14,6 +14,7 @@ from megalite.config.schema import ModelConfig, Recompute
 from megalite.errors import ConfigError
 from megalite.layers.attention import Attention
 from megalite.layers.cache import KVCache
+from megalite.layers.context import Context
 from megalite.layers.cross_entropy import Target
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import NORMS
@@ -64,7 +65,9 @@ class Block(nn.Module):
     `layer` is the block's index in the whole model; logical names carry it.
     """
 
-    def __init__(self, config: ModelConfig, axis: Axis, layer: int, recompute: Recompute) -> None:
+    def __init__(
+        self, config: ModelConfig, axis: Axis, layer: int, recompute: Recompute, context: Context | None
+    ) -> None:
         super().__init__()
         self.layer, self.recompute, self.dropout = layer, recompute, config.dropout
         init = Init(std=config.init_std)
@@ -82,6 +85,7 @@ class Block(nn.Module):
             axis,
             init,
             output_init,
+            context,
         )
         self.mlp_norm = norm(config.hidden_size, config.norm_eps, axis)
         self.mlp = MLP(config.hidden_size, config.ffn_size, config.activation, config.bias, axis, init, output_init)
@@ -143,12 +147,14 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """The whole model, or what one tensor rank holds of it. Built on the meta device; see `materialize`."""
 
-    def __init__(self, config: ModelConfig, axis: Axis, recompute: Recompute = "none") -> None:
+    def __init__(
+        self, config: ModelConfig, axis: Axis, recompute: Recompute = "none", context: Context | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.axis = config, axis
+        self.config, self.axis, self.context = config, axis, context
         self.embedding = Embedding(config, axis)
         self.layers = list(range(config.num_layers))  # of the whole model, those held here
-        self.blocks = nn.ModuleList(Block(config, axis, layer, recompute) for layer in self.layers)
+        self.blocks = nn.ModuleList(Block(config, axis, layer, recompute, context) for layer in self.layers)
         self.head = Head(config, axis)
 
     def forward(
@@ -163,15 +169,17 @@ class Decoder(nn.Module):
         With a `target` (labels: the token that follows each): losses_BS, or their weighted sum, in nats and at least
         fp32. Without: logits_BSV over the unpadded vocabulary, in the parameters' dtype, equal on all tensor ranks.
 
+        Where ranks share sequences (`context`) the S tokens are those that `positions` names, and losses are of them.
         `dropout_key` comes from `rng.micro_batch_key` and is needed in training mode if `model.dropout` is not 0, with
         `rng.seed_attention_stream` called before; in evaluation mode nothing is dropped. With a `cache` the tokens
         continue those it holds, and it is advanced.
         """
-        assert cache is None or not self.axis.sequence, "a cache holds whole sequences"
+        whole = not self.axis.sequence and self.context is None
+        assert cache is None or whole, "a cache holds whole sequences"
         start, length = 0 if cache is None else cache.length, tokens_BS.shape[1]
-        self._check_length(start + length)
+        self._check_length((start + length) * (1 if self.context is None else self.context.axis.size))
         tokens_BS, target = self._padded(tokens_BS, target)
-        positions_S = torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device)
+        positions_S = start + self.positions(tokens_BS.shape[1], tokens_BS.device)
         keys = self._dropout_keys(dropout_key)
         x_BSD = self.embedding(tokens_BS, positions_S, keys[-1])
         rotary = self._rotary(positions_S, x_BSD.dtype)
@@ -186,11 +194,18 @@ class Decoder(nn.Module):
             return comm.gather(y, self.axis, dim=-1)[:, :length, : self.config.known_vocab_size]
         return y if y.ndim == 0 else y[:, :length]
 
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Which tokens of a sequence this rank holds when it holds `length` of them, int64."""
+        if self.context is None:
+            return torch.arange(length, device=device)
+        return self.context.positions(length * self.context.axis.size, device)
+
     def _padded(self, tokens_BS: Tensor, target: Target | None) -> tuple[Tensor, Target | None]:
         """With tokens behind the end, to which none attends, where the sequence would not split into equal parts."""
         missing = -tokens_BS.shape[1] % self.axis.size if self.axis.sequence else 0
         if not missing:
             return tokens_BS, target
+        assert self.context is None, f"{tokens_BS.shape[1]} tokens do not split over {self.axis.size} ranks"
         return F.pad(tokens_BS, (0, missing)), target and target.padded(missing)
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:

@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 
 def place(rank, size):
     """The mesh as tensor rank `rank` of `size` sees it; initial values need no communication."""
-    return Mesh((Axis("data", 1, 0, None), Axis("tensor", size, rank, None)), rank, size, CPU)
+    alone = [Axis(name, 1, 0, None) for name in ("data", "context")]
+    return Mesh((*alone, Axis("tensor", size, rank, None)), alone[0], rank, size, CPU)
 
 
 def whole(config, size, seed=1):
