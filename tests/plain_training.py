@@ -39,5 +39,4 @@ def plain_curve(config: TrainConfig, batches: Iterable[torch.Tensor], rates: Ite
         optimizer.step()
         optimizer.zero_grad()
         curve.append((loss.item(), norm.item()))
-    assert curve[-1][0] < 0.8 * curve[0][0], "the reference does not learn, so it would not notice much"
     return curve

@@ -81,7 +81,9 @@ def reference() -> Curve:
     progress = [(step - 10) / (STEPS - 1 - 10) for step in range(STEPS)]
     cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)) for part in progress]
     rates = [3e-4 * ((step + 1) / 10 if step < 10 else cosine[step]) for step in range(STEPS)]
-    return plain_curve(config_of(1, 0), map(samples, range(STEPS)), rates)
+    curve = plain_curve(config_of(1, 0), map(samples, range(STEPS)), rates)
+    assert curve[-1][0] < 0.8 * curve[0][0], "the reference does not learn, so it would not notice much"
+    return curve
 
 
 def worst(curve: Curve, reference: Curve) -> tuple[float, float]:
