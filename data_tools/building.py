@@ -157,7 +157,7 @@ def _store_report(writer: StoreWriter, unknown_tokens: int) -> StoreReport:
 
 def _split_by_hash(document_id: str, config: DataBuildConfig) -> str:
     """The split of a document that no column tells: a hash of the seed and its id, so that order does not matter."""
-    share = xxhash.xxh3_64_intdigest(f"{config.seed}/{document_id}".encode()) / 2**64
+    share = xxhash.xxh3_64_intdigest(f"{config.seed}/{document_id}".encode("utf-8", "surrogatepass")) / 2**64
     return "validation" if share < config.validation_fraction else "train"
 
 

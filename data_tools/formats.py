@@ -4,11 +4,10 @@ Every reader yields `(position, fields)`: where the row stands, for messages, an
 should be text is bytes or str and is not decoded here, so that one bad row costs one row.
 """
 
-import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +21,7 @@ BOM = b"\xef\xbb\xbf"
 FORMATS = ("txt", "jsonl", "parquet")
 COMPRESSIONS = (".gz", ".zst")
 _ROWS_AT_ONCE = 512  # of a parquet row group
-_ZSTD_INPUT = 1 << 13  # compressed bytes at a time: even the densest frame expands to some 256 MB at most
+_COMPRESSED_INPUT = 1 << 13  # bytes at a time: even the densest frame of zstd expands to some 256 MB at most
 
 
 class BadRowError(Exception):
@@ -55,11 +54,16 @@ def iter_rows(path: Path, format_name: str, columns: Sequence[str], config: Read
         if path.stat().st_size == 0:
             raise BadFileError("empty file")
         if format_name == "parquet":
-            yield from _iter_parquet(path, columns)
+            rows = _iter_parquet(path, columns)
         elif format_name == "jsonl":
-            yield from _iter_jsonl(path, columns)
+            rows = _iter_jsonl(path, columns)
         else:
-            yield from _iter_text(path, columns, config.document)
+            rows = _iter_text(path, columns, config.document)
+        row = None
+        for row in rows:
+            yield row
+        if row is None:
+            raise BadFileError("empty file", "no rows, or blank lines only")
     except (OSError, EOFError, zlib.error) as error:
         raise BadFileError("damaged or unreadable file", str(error)) from None
 
@@ -114,7 +118,10 @@ def _iter_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
         # Without the check a flipped bit in a page loads silently (it needs checksums in the file, too).
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _require_columns(path, columns, file.schema_arrow.names)
+            names = file.schema_arrow.names
+            _require_columns(path, columns, names)
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise DataError(f"{path}: {names.count(twice[0])} columns are called {twice[0]!r}; rename all but one")
             for name in columns:
                 _require_type(path, name, file.schema_arrow.field(name).type, text=name == columns[0])
             number = 0
@@ -169,28 +176,24 @@ def _without_newline(line: bytes) -> bytes:
 def _open(path: Path) -> Iterator[IO[bytes]]:
     """A file's bytes, decompressed, without a byte order mark at its head."""
     with open(path, "rb") as raw:
-        file: Any = raw
+        file: io.BufferedReader = raw
         if path.suffix.lower() == ".gz":
-            file = gzip.GzipFile(fileobj=raw)
+            file = io.BufferedReader(_gzip_reader(raw), 1 << 16)
         elif path.suffix.lower() == ".zst":
-            file = io.BufferedReader(_ZstdReader(raw, path), 1 << 16)
-        file = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, 1 << 16)
+            file = io.BufferedReader(_zstd_reader(raw, path), 1 << 16)
         if file.peek(len(BOM))[: len(BOM)] == BOM:
             file.read(len(BOM))
         yield file
 
 
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a .zst file; unlike the library's own reader it notices that a file was cut short."""
+class _Decompressed(io.RawIOBase):
+    """The bytes of a compressed file of one or more frames, up to where it is cut short or damaged.
 
-    def __init__(self, file: IO[bytes], path: Path):
-        try:
-            import zstandard
-        except ModuleNotFoundError:
-            raise DataError(f"{path}: reading .zst needs one more package: pip install megalite[data]") from None
-        self._file = file
-        self._error = zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+    The libraries' own readers lose what they had decompressed before the damage, or do not notice a cut.
+    """
+
+    def __init__(self, file: IO[bytes], new_frame: Callable[[], Any], errors: type[Exception]):
+        self._file, self._new_frame, self._errors = file, new_frame, errors
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
@@ -200,7 +203,7 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            if not self._input and not (block := self._file.read(_ZSTD_INPUT)):
+            if not self._input and not (block := self._file.read(_COMPRESSED_INPUT)):
                 if self._frame is not None:
                     raise EOFError("compressed file ended before the end of its stream")
                 return 0
@@ -211,12 +214,29 @@ class _ZstdReader(io.RawIOBase):
         return count
 
     def _decompress(self, data: bytes) -> bytes:
-        self._frame = self._frame or self._new_frame()
+        if self._frame is None:
+            data = data.lstrip(b"\0")  # files are padded so between frames
+            if not data:
+                self._input = b""
+                return b""
+            self._frame = self._new_frame()
         try:
             output = self._frame.decompress(data)
-        except self._error as error:
+        except self._errors as error:
             raise OSError(str(error)) from None
         self._input = self._frame.unused_data  # what follows a frame is the next one
         if self._frame.eof:
             self._frame = None
         return output
+
+
+def _gzip_reader(raw: IO[bytes]) -> _Decompressed:
+    return _Decompressed(raw, lambda: zlib.decompressobj(wbits=31), zlib.error)  # 31: gzip's header and checksum
+
+
+def _zstd_reader(raw: IO[bytes], path: Path) -> _Decompressed:
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise DataError(f"{path}: reading .zst needs one more package: pip install megalite[data]") from None
+    return _Decompressed(raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError)

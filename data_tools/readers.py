@@ -102,7 +102,7 @@ def find_files(inputs: Sequence[str], format_name: str) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() or not p.exists())  # a link to nothing is said below
     visible = [p for p in paths if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
     known = [p for p in visible if format_of(p)]
     if not known:

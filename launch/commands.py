@@ -7,7 +7,7 @@ from pathlib import Path
 from megalite.config.compose import compose_config, compose_train, config_yaml, read_config
 from megalite.config.place import Place, count_gpus
 from megalite.config.schema import EvaluateConfig, GenerateConfig
-from megalite.config.validate import validate_train
+from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import validate_evaluate, validate_generate
 from megalite.errors import EXIT_OK
 from megalite.log import setup_logging
@@ -27,7 +27,7 @@ def train(arguments: list[str]) -> int:
     if "--cfg" in arguments:
         print(config_yaml(config), end="")
         return EXIT_OK
-    config = preflight(config)
+    config = preflight(resolve_auto(config, device))
     validate_train(config, world_size, device)  # again, now that model.vocab_size is known
     if world_size > 1 and not num_gpus:
         # Read when torch is imported, below: ranks share the cores.

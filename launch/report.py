@@ -36,8 +36,8 @@ def write_report(run_dir: Path) -> Path:
     Raises `ConfigError` when `run_dir` is no run directory and `DataError` when nothing was logged yet.
     """
     from megalite.metrics.jsonl import read_metrics
-    from megalite.metrics.redaction import redact
     from megalite.metrics.sinks import METRICS_FILE
+    from megalite.redaction import redact
 
     config = read_config(run_dir / "config.yaml")
     rows = read_metrics(run_dir / METRICS_FILE)

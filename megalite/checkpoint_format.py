@@ -129,7 +129,7 @@ def set_aside_newer(checkpoints: Path, step: int) -> None:
     for folder in list_checkpoints(checkpoints):
         if int(folder.name[5:]) > step:
             aside = folder.rename(checkpoints / f"superseded-{folder.name}-{uuid.uuid4().hex[:8]}")
-            log.warning("%s belongs to an earlier run in this directory; it is kept as %s", folder, aside.name)
+            log.warning("%s is newer than what this run continues from (step %d): kept as %s", folder, step, aside.name)
 
 
 def prune(checkpoints: Path, keep: int) -> None:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from megalite.comm import all_reduce
 from megalite.config.schema import TrainConfig
-from megalite.config.validate import resolve_precision
 from megalite.errors import ConfigError
 from megalite.layers.cross_entropy import LossTerms, Target
 from megalite.mesh import Mesh
@@ -50,11 +49,12 @@ class Engine:
     def __init__(self, config: TrainConfig, mesh: Mesh):
         """Build the model on the mesh; its weights are zeros until `init_weights` or a checkpoint fills them in.
 
-        Raises `ConfigError` when the precision that `auto` stands for on this device does not go with the ZeRO stage.
+        `engine.precision` is resolved (see `config.validate.resolve_auto`). Raises `ConfigError` for a precision that
+        the device cannot do, and for overrides that DeepSpeed refuses.
         """
         self.config = config
         self.mesh = mesh
-        self.precision = resolve_precision(config.engine, mesh.device.type)
+        self.precision = config.engine.precision
         self.ds_config = build_ds_config(config, mesh, self.precision)
         self.deepspeed = _import_deepspeed(mesh.device.type)
         # zero.Init reads it, whoever started the process.

@@ -4,6 +4,8 @@ Every message says what was wrong, what was found, what is allowed, and which ke
 the message alone, without a traceback, and ends with the error's `exit_code`.
 """
 
+from megalite.redaction import redact_text
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_CONFIG = 2
@@ -16,6 +18,10 @@ class MegaliteError(Exception):
     """Base of all errors that a user can mend; anything else is a bug and keeps its traceback."""
 
     exit_code = EXIT_FAILURE
+
+    def __str__(self) -> str:
+        """The message, the user-info of every URL in it replaced: messages quote what they found."""
+        return redact_text(super().__str__())
 
 
 class ConfigError(MegaliteError):

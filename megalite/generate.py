@@ -6,17 +6,21 @@ from pathlib import Path
 import torch
 
 from megalite.config.schema import GenerateConfig
-from megalite.errors import ConfigError
+from megalite.errors import CheckpointError, ConfigError
+from megalite.log import get_logger
 from megalite.models import Decoder
 from megalite.runs import load_run
 from megalite.tokenizer import load_tokenizer
+
+log = get_logger(__name__)
 
 
 def generate(config: GenerateConfig) -> Iterator[str]:
     """Yield `config.num_samples` texts, each the prompt and its continuation up to the end of the document.
 
-    An empty prompt begins a document, as after an end-of-document token. Raises `ConfigError` when prompt and
-    continuation do not fit the model's positions.
+    An empty prompt begins a document, as after an end-of-document token. A text ends where the model's positions do,
+    which is logged. Raises `ConfigError` when the prompt alone does not fit, `CheckpointError` when the model's figures
+    are no numbers.
     """
     run = load_run(config.run_dir, config.checkpoint)
     tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer")
@@ -25,6 +29,13 @@ def generate(config: GenerateConfig) -> Iterator[str]:
     longest = run.config.model.max_sequence_length
     if len(prompt) >= longest:
         raise ConfigError(f"prompt: found {len(prompt)} tokens, must be below model.max_sequence_length={longest}")
+    if len(prompt) + config.max_new_tokens > longest:
+        log.warning(
+            "max_new_tokens: found %d, but after a prompt of %d tokens the model has positions for %d: texts end there",
+            config.max_new_tokens,
+            len(prompt),
+            longest - len(prompt),
+        )
     for number in range(config.num_samples):
         generator = torch.Generator(run.mesh.device).manual_seed(config.seed + number)
         tokens = prompt + list(sample_tokens(run.model, prompt, end, longest, config, generator))
@@ -54,6 +65,8 @@ def pick_token(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.
     `top_k` (Fan et al. 2018) keeps the k likeliest tokens; `top_p` (nucleus sampling, Holtzman et al. 2020) the
     smallest set of likeliest tokens whose probability reaches p, at least one.
     """
+    if not torch.isfinite(logits_V).all():
+        raise CheckpointError("the model gives inf or nan: its training diverged; take an earlier checkpoint=PATH")
     if config.temperature == 0:
         return int(logits_V.argmax())
     logits_V = (logits_V.float() - logits_V.max()) / config.temperature  # at most 0: no temperature overflows

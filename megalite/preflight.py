@@ -1,10 +1,11 @@
 """Checks that need the disk but no torch: the configuration against its stores and against the run's checkpoint."""
 
+import copy
 import dataclasses
 import importlib.util
 from pathlib import Path
 
-from megalite.checkpoint_format import list_checkpoints, read_manifest
+from megalite.checkpoint_format import Manifest, list_checkpoints, read_manifest
 from megalite.config.changes import check_changes
 from megalite.config.compose import config_values
 from megalite.config.schema import StoreConfig, TrainConfig
@@ -32,7 +33,7 @@ def preflight(config: TrainConfig) -> TrainConfig:
             log.warning("data.validation: %s is trained on too: its figures say nothing about new text", store.path)
     _check_tokenizers(stores + validation)
     config = _with_vocab_size(config, stores + validation)
-    _check_checkpoint(config, digests)
+    _check_checkpoint(config)
     return config
 
 
@@ -85,7 +86,7 @@ def _with_vocab_size(config: TrainConfig, stores: list[TokenStore]) -> TrainConf
     return config
 
 
-def _check_checkpoint(config: TrainConfig, digests: list[str]) -> None:
+def _check_checkpoint(config: TrainConfig) -> None:
     """Stop now, not after minutes of start-up, when the run could not continue with this configuration."""
     resume = config.checkpoint.resume
     if resume == "never":
@@ -103,10 +104,25 @@ def _check_checkpoint(config: TrainConfig, digests: list[str]) -> None:
         if resume == "auto":
             return  # the ranks fall back to an older one, or say what is wrong
         raise
-    for note in check_changes(manifest.config, config_values(config), config.checkpoint.allow_changes):
-        log.info("continuing from %s with %s", folder.name, note)
+    check_resume(config, manifest)
+
+
+def check_resume(config: TrainConfig, manifest: Manifest) -> list[str]:
+    """Whether `config` may continue from a checkpoint; returns the safe and allowed changes as text.
+
+    Raises `CheckpointError` for changes of the configuration that are refused or not allowed, and for training stores
+    with other content. A store that only moved or has another name is the same.
+    """
+    values = config_values(config)
+    digests = [TokenStore.open(store.path).digest for store in config.data.train]
+    before = copy.deepcopy(manifest.config)
+    same_weights = [store["weight"] for store in before["data"]["train"]] == [s.weight for s in config.data.train]
+    if manifest.stores == digests and same_weights:
+        before["data"]["train"] = values["data"]["train"]
+    notes = check_changes(before, values, config.checkpoint.allow_changes)
     if manifest.stores != digests and "data.train" not in config.checkpoint.allow_changes:
         raise CheckpointError(
-            f"data.train: the stores are not those that {folder} was trained on: they were built again since then; "
-            "restore them, or allow the change with checkpoint.allow_changes=[data.train]"
+            f"data.train: the stores are not those that the checkpoint of step {manifest.step} was trained on: they "
+            "were built again since then; restore them, or allow the change with checkpoint.allow_changes=[data.train]"
         )
+    return notes

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint import load_model
-from megalite.checkpoint_format import choose_checkpoint
-from megalite.config.compose import read_config
+from megalite.checkpoint_format import choose_checkpoint, read_manifest
+from megalite.config.loader import load_config
 from megalite.config.schema import ParallelConfig, TrainConfig
 from megalite.errors import CheckpointError
 from megalite.mesh import Mesh, build_mesh
@@ -27,14 +27,15 @@ class LoadedRun:
 def load_run(run_dir: str, checkpoint: str | None) -> LoadedRun:
     """Open a run directory. `checkpoint` is a path, or None for the newest.
 
-    Raises `ConfigError` or `CheckpointError` when there is no run or no checkpoint.
+    The model is the one that the checkpoint's own manifest describes, whatever has become of the run directory. Raises
+    `CheckpointError` when there is no checkpoint.
     """
-    config = read_config(Path(run_dir) / "config.yaml")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     mesh = build_mesh(ParallelConfig(), device)
     folder = choose_checkpoint(checkpoint or "auto", Path(run_dir))
     if folder is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
+    config = load_config(TrainConfig, read_manifest(folder).config)
     model = build_model(config.model, mesh)
     materialize(model, mesh, config.seed)
     manifest = load_model(model, folder, mesh)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalite.config.compose import compose_train, config_digest, config_values, save_config
+from megalite.config.compose import compose_train, config_digest, config_values
 from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import TrainConfig
-from megalite.config.validate import validate_train
+from megalite.config.validate import resolve_auto, validate_train
 from megalite.errors import ConfigError, MegaliteError, ResourceError
 from megalite.guard.lock import RunLock
 from megalite.log import get_logger, setup_logging
@@ -29,6 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
         place = place_from_environment()
         setup_logging(place.rank)
         config = compose_train(drop_local_rank(sys.argv[1:] if arguments is None else arguments))
+        if config.launch.nproc_per_node not in (None, place.local_world_size):
+            log.warning(
+                "launch.nproc_per_node=%s has no effect here: the launcher started %d ranks on this machine",
+                config.launch.nproc_per_node,
+                place.local_world_size,
+            )
+        config = resolve_auto(config, "cuda" if torch.cuda.is_available() else "cpu")
         validate_train(config, place.world_size)
         train(preflight(config), place)
     except MegaliteError as error:
@@ -40,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(config: TrainConfig, place: Place) -> None:
-    """Train `config`, validated and complete, as the rank at `place`."""
+    """Train `config`, validated, resolved and complete, as the rank at `place`."""
     device = _pick_device(place)
     if device.type == "cpu" and place.local_world_size > 1:
         # Ranks that fight for cores are slower than ranks that share them.
@@ -51,8 +58,7 @@ def train(config: TrainConfig, place: Place) -> None:
     _start_process_group(place, device)
     try:
         if place.rank == 0:
-            save_config(config, run_dir / "config.yaml")
-            (run_dir / "logs").mkdir(exist_ok=True)
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         _check_agreement(config)
         setup_logging(place.rank, run_dir / "logs" / f"rank_{place.rank}.log")
         mesh = build_mesh(config.parallel, device)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalite.checkpoint import Counters, agree_on_checkpoint, load_checkpoint, save_checkpoint
 from megalite.checkpoint_format import set_aside_newer
+from megalite.config.compose import save_config
 from megalite.config.schema import TrainConfig
 from megalite.data.format import TokenStore
 from megalite.data.loader import BlendedDataset, Loader
@@ -167,9 +168,13 @@ class Trainer:
         return Loader(dataset, trainer.global_batch_size, trainer.micro_batch_size, data.rank, data.size, pin)
 
     def _write_descriptions(self) -> None:
-        """What a person, or a later command, wants beside the checkpoints: DeepSpeed's settings and the tokenizer."""
+        """What a person, or a later command, wants beside the checkpoints.
+
+        Only now: a start that failed before leaves the descriptions of what is there as they were.
+        """
         if self.mesh.rank != 0:
             return
+        save_config(self.config, self.run_dir / "config.yaml")
         (self.run_dir / "ds_config.json").write_text(json.dumps(self.engine.ds_config, indent=2) + "\n")
         tokenizer = Path(self.config.data.train[0].path) / "tokenizer"
         if tokenizer.is_dir():

@@ -19,3 +19,7 @@ def test_every_kind_of_error_has_an_exit_code_of_its_own():
 def test_codes_can_be_told_from_those_of_shells_and_signals():
     assert errors.EXIT_OK == 0
     assert all(0 < kind.exit_code < 64 for kind in MegaliteError.__subclasses__())
+
+
+def test_no_message_tells_the_password_of_a_url():
+    assert str(errors.DataError("https:/me:CANARY@host/x is not a store")) == "https:/***@host/x is not a store"

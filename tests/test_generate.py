@@ -1,10 +1,12 @@
 """Sampling: the choice of a token, and whole texts from a run directory."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
 import torch
 
+from megalite.config.compose import save_config
 from megalite.config.schema import EvaluateConfig, GenerateConfig, ModelConfig, StoreConfig
 from megalite.errors import CheckpointError, ConfigError
 from megalite.evaluate import evaluate
@@ -64,6 +66,14 @@ def texts(model, prompt, end=49, longest=24, **keys) -> list[int]:
     return list(sample_tokens(model, prompt, end, longest, config, torch.Generator().manual_seed(config.seed)))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_figures_that_are_no_numbers_are_an_error(temperature):
+    logits = LOGITS.clone()
+    logits[1] = torch.nan
+    with pytest.raises(CheckpointError, match="inf or nan"):
+        pick_token(logits, config_of(temperature=temperature), torch.Generator())
+
+
 def test_the_cache_gives_what_reading_everything_again_gives(model):
     found = texts(model, [5, 6, 7], temperature=0.0, max_new_tokens=12, end=-1)
     tokens = [5, 6, 7]
@@ -100,13 +110,19 @@ def test_a_run_is_evaluated_as_it_was_in_training(tmp_path):
         evaluate(EvaluateConfig(run_dir=str(tmp_path / "run"), data=(StoreConfig(path=str(other)),)))
 
 
-def test_what_cannot_be_opened_is_one_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
-        next(generate(GenerateConfig(run_dir=str(tmp_path))))
+def test_a_checkpoint_is_opened_as_the_model_it_was_saved_from(tmp_path):
+    """Not as the one that config.yaml describes, whose activation may have changed since."""
     store = write_store(tmp_path / "words")
-    config = tiny_config(tmp_path / "run", store, trainer={"steps": 1})
-    from megalite.config.compose import save_config
+    data = {"train": str(store), "validation": [str(store)], "sequence_length": 32}
+    model = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300, "max_sequence_length": 64}
+    config = tiny_config(tmp_path / "run", store, model=model, data=data, trainer={"steps": 3})
+    last = train_on_ranks(config, 1)[-1]
+    changed = dataclasses.replace(config.model, activation="relu_squared")
+    save_config(dataclasses.replace(config, model=changed), tmp_path / "run/config.yaml")
+    found = evaluate(EvaluateConfig(run_dir=str(tmp_path / "run")))
+    assert found["eval/words/loss"] == pytest.approx(last["eval/words/loss"], rel=1e-5)
 
-    save_config(config, tmp_path / "run/config.yaml")
+
+def test_what_cannot_be_opened_is_one_error(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         next(generate(GenerateConfig(run_dir=str(tmp_path / "run"))))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megalite.checkpoint_format import Manifest, commit, create_temporary
+from megalite.checkpoint_format import Manifest, commit, create_temporary, read_manifest
 from megalite.config.compose import compose_train, config_values
 from megalite.data.format import TokenStore
 from megalite.errors import CheckpointError, ConfigError, DataError
-from megalite.preflight import preflight
+from megalite.preflight import check_resume, preflight
 from tests.stores import make_store
 
 
@@ -141,12 +141,17 @@ class TestResume:
         assert preflight(saved) == with_group(saved, "model", vocab_size=200)
         assert caplog.records == []
 
-    def test_safe_changes_are_logged(self, saved, caplog, monkeypatch):
-        monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
-        caplog.set_level(logging.INFO, "megalite")
-        preflight(with_group(saved, "parallel", tensor=2))
-        messages = {record.getMessage() for record in caplog.records}
-        assert messages == {"continuing from step_00000010 with parallel.tensor: 1 -> 2"}
+    def test_safe_changes_are_told(self, saved):
+        manifest = read_manifest(Path(saved.run_dir) / "checkpoints/step_00000010")
+        changed = preflight(with_group(saved, "parallel", tensor=2))
+        assert check_resume(changed, manifest) == ["parallel.tensor: 1 -> 2"]
+
+    def test_a_store_that_moved_or_was_renamed_is_the_same(self, saved, tmp_path, stores):
+        shutil.copytree(stores / "a", moved := tmp_path / "moved")
+        assert preflight(with_data(saved, [moved]))
+        heavier = dataclasses.replace(saved.data.train[0], weight=3.0)
+        with pytest.raises(CheckpointError, match=r"allow_changes=\[data\.train\]"):
+            preflight(with_group(saved, "data", train=(heavier,)))
 
     def test_changes_of_the_trajectory_must_be_allowed(self, saved):
         other = with_group(saved, "optimizer", lr=0.5)

@@ -154,6 +154,18 @@ def test_tokenizer_that_reads_its_own_end_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_tokenizer_that_drops_what_it_cannot_spell_is_refused(tmp_path):
+    spec = json.loads(train_byte_level().to_str())
+    spec |= {"pre_tokenizer": None, "decoder": None}
+    spec["model"] |= {"vocab": {"<|endoftext|>": 0, "a": 1, "b": 2}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=r"drops characters that are not in its vocabulary"):
+        load_tokenizer(tmp_path)
+    spec["model"]["unk_token"] = "b"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert load_tokenizer(tmp_path).unknown == 2
+
+
 def test_tokenizer_without_an_end_is_refused(tmp_path):
     spec = json.loads(train_byte_level().to_str())
     spec["added_tokens"] = []

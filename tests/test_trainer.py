@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint import save
@@ -14,7 +15,7 @@ from megalite.checkpoint_format import read_manifest, write_manifest
 from megalite.config.compose import read_config
 from megalite.data.files import digest_file
 from megalite.engine import Engine
-from megalite.errors import CheckpointError, MegaliteError
+from megalite.errors import CheckpointError, ConfigError, MegaliteError
 from megalite.launch.spawn import spawn_ranks
 from megalite.metrics.jsonl import read_metrics
 from megalite.preflight import preflight
@@ -166,6 +167,64 @@ def test_a_store_built_again_is_noticed(tmp_path):
         preflight(config)
     allowed = {"allow_changes": ["data.train"]}
     preflight(tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 8}, checkpoint=allowed))
+
+
+def test_what_is_fallen_back_on_is_checked_too(store, tmp_path, capfd):
+    """The newest manifest cannot be read, so that only the ranks see which checkpoint it will be."""
+
+    def config(**groups):
+        groups = {"trainer": {"steps": 6, "stop_after": 4}, "checkpoint": {"save_every": 2}} | groups
+        return tiny_config(tmp_path / "run", store, **({"model": SMALL} | groups))
+
+    train_on_ranks(config(), 1)
+    (tmp_path / "run/checkpoints/step_00000004/manifest.json").write_text("{")
+    for groups, words in (
+        ({"model": SMALL | {"activation": "relu_squared"}}, "another model"),
+        ({"optimizer": {"lr": 0.05}}, "off its trajectory"),
+    ):
+        code = spawn_ranks(lambda place, groups=groups: train(preflight(config(**groups)), place), 1)
+        assert code == CheckpointError.exit_code
+        assert words in capfd.readouterr().err
+
+
+def test_a_start_that_fails_leaves_the_run_as_it_was(store, tmp_path):
+    def config(**groups):
+        return tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2}, **groups)
+
+    train_on_ranks(config(), 1)
+    before = (tmp_path / "run/config.yaml").read_text()
+    bad = {"precision": "fp32", "ds_overrides": {"zero_optimization": {"reduce_bucket_size": "bad"}}}
+    failing = config(engine=bad, optimizer={"lr": 0.1}, checkpoint={"resume": "never"})
+    assert spawn_ranks(lambda place: train(preflight(failing), place), 1) == ConfigError.exit_code
+    assert (tmp_path / "run/config.yaml").read_text() == before
+
+
+def test_fp16_resumes_with_its_loss_scale(store, tmp_path, monkeypatch):
+    """On a CPU that DeepSpeed takes for one that can: torch computes it in software."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    overrides = {"fp16": {"initial_scale_power": 30, "hysteresis": 1, "loss_scale_window": 3}}
+
+    def config(run_dir, **trainer):
+        engine = {"precision": "fp16", "ds_overrides": overrides}
+        return tiny_config(run_dir, store, model=SMALL, engine=engine, trainer={"steps": 24} | trainer)
+
+    straight = train_on_ranks(config(tmp_path / "straight"), 1)
+    assert straight[11]["skipped_steps"] < straight[-1]["skipped_steps"], "the scale does not move any more"
+    train_on_ranks(config(tmp_path / "resumed", stop_after=12), 1)
+    resumed = train_on_ranks(config(tmp_path / "resumed"), 1)
+    for key in ("loss", "grad_norm", "skipped_steps"):
+        assert [row[key] for row in resumed] == [row[key] for row in straight]
+
+
+def test_ranks_with_different_configurations_do_not_start(store, tmp_path, capfd):
+    def rank_main(place):
+        config = tiny_config(
+            tmp_path / "run", store, model=SMALL, trainer={"steps": 2}, optimizer={"lr": 1.0 + place.rank}
+        )
+        train(preflight(config), place)
+
+    assert spawn_ranks(rank_main, 2) == ConfigError.exit_code
+    assert "ranks [1] were started with another configuration than rank 0" in capfd.readouterr().err
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_over(store, tmp_path, capfd):

@@ -13,8 +13,12 @@ from megalite.checkpoint.engine_state import create_moments, set_loss_scaler, se
 from megalite.checkpoint_format import KINDS, Manifest, choose_checkpoint, read_manifest
 from megalite.engine import Engine
 from megalite.errors import CheckpointError
+from megalite.log import get_logger
 from megalite.mesh import Mesh
 from megalite.models import named_logical_parameters
+from megalite.preflight import check_resume
+
+log = get_logger(__name__)
 
 
 def agree_on_checkpoint(resume: str, run_dir: Path) -> Path | None:
@@ -26,8 +30,13 @@ def agree_on_checkpoint(resume: str, run_dir: Path) -> Path | None:
 
 
 def load_checkpoint(engine: Engine, folder: Path) -> Counters:
-    """Fill weights and moments of `engine` from a verified checkpoint; returns how far the run was."""
+    """Fill weights and moments of `engine` from a verified checkpoint; returns how far the run was.
+
+    Raises `CheckpointError` as `check_resume` does: it may be an older checkpoint than the one preflight looked at.
+    """
     manifest = read_manifest(folder)
+    for note in check_resume(engine.config, manifest):
+        log.info("continuing from %s with %s", folder.name, note)
     reader = TensorReader(folder, manifest)
     create_moments(engine, manifest.optimizer_step)
     for name, parameter in engine.parameters():

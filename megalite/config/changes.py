@@ -6,7 +6,8 @@ from typing import Any
 from megalite.config.compose import flatten
 from megalite.errors import CheckpointError
 
-# Layout, speed, logging: they change no number of the run.
+# Layout, speed, logging: they change no number of a run without dropout. (With it another layout, micro batch or
+# compiled block drops other elements, of the same distribution.)
 SAFE = (
     "run_name", "run_dir", "launch", "logging", "checkpoint", "parallel",
     "engine.zero_stage", "engine.offload", "engine.recompute", "engine.compile",

@@ -111,6 +111,8 @@ def read_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path} does not exist: is run_dir the directory of a training run?") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is empty or holds no keys: it is damaged")
     return load_config(TrainConfig, values)
 
 
@@ -175,9 +177,9 @@ def _quoted(cls: type, override: str, literal: bool) -> str:
         hint = _key_hint(cls, key)
     except ConfigError:
         return override  # said with more context by the checks that follow
-    if not _takes_text(hint, value) or value in ("", "null"):
+    if not _takes_text(hint, value) or (value in ("", "null") and not (literal and hint is str)):
         return override
-    if len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]:
+    if not literal and len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]:
         return override
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     if literal:

@@ -36,7 +36,7 @@ def load_config(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     return cls(**loaded)
 
 
-def unknown_key_message(key: str, name: str, allowed: list[str]) -> str:
+def unknown_key_message(key: str, name: str, allowed: Sequence[str]) -> str:
     """The message for a key that does not exist: `key` is its dotted form, `name` its last part."""
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f"Did you mean {key.removesuffix(name)}{close[0]}? " if close else ""

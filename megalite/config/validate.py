@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megalite.config.schema import ContextMethod, EngineConfig, ModelConfig, Precision, StoreConfig, TrainConfig
+from megalite.config.loader import unknown_key_message
+from megalite.config.schema import ContextMethod, ModelConfig, Precision, StoreConfig, TrainConfig
 from megalite.errors import ConfigError
+from megalite.redaction import has_secret
 
 # The vocabulary is padded to this multiple whatever the tensor-parallel size, so the padded shape never depends on it.
 VOCAB_MULTIPLE = 128
@@ -16,17 +18,26 @@ VOCAB_MULTIPLE = 128
 # DeepSpeed checks itself, else the section's keys. DeepSpeed accepts unknown keys elsewhere without a word, so the list
 # is closed; what MegaLite derives itself (batch sizes, optimizer, clipping) is not on it.
 DS_OVERRIDES: dict[str, tuple[str, ...] | None] = {
-    "bf16": (),
+    "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states", "check_grad_overflow", "immediate_grad_update"),
     "comms_logger": (),
     "communication_data_type": None,
     "data_types": ("grad_accum_dtype",),
     "dump_state": None,
     "flops_profiler": ("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
                        "output_file"),
-    "fp16": (),
+    "fp16": ("auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "hysteresis",
+             "initial_scale_power", "loss_scale", "loss_scale_window", "min_loss_scale"),
     "memory_breakdown": None,
     "wall_clock_breakdown": None,
-    "zero_optimization": (),
+    "zero_optimization": (
+        "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "contiguous_gradients",
+        "enable_sanity_checks", "ignore_unused_parameters", "leaf_module", "log_trace_cache_warnings",
+        "max_live_parameters", "max_reuse_distance", "memory_efficient_linear", "model_persistence_threshold",
+        "module_granularity_threshold", "overlap_comm", "override_module_apply", "param_persistence_threshold",
+        "prefetch_bucket_size", "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "sub_group_size",
+        "use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size",
+        "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+    ),
 }  # fmt: skip
 # Section -> key of it -> the key of ours that it would contradict.
 DS_DERIVED = {
@@ -43,21 +54,24 @@ DS_DERIVED = {
 def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu") -> None:
     """Raise one `ConfigError` with a line for every rule that `config` breaks at `world_size` processes.
 
-    `device_type` is what the ranks will run on, `cpu` or `cuda`: it decides what `engine.precision=auto` means.
+    `device_type` is what the ranks will run on, `cpu` or `cuda`.
     """
-    precision = resolve_precision(config.engine, device_type)
-    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+    config = resolve_auto(config, device_type)
     rules = (_model_rules, _trainer_rules, _parallel_rules, _engine_rules, _optimizer_rules, _data_rules, _run_rules)
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def resolve_precision(engine: EngineConfig, device_type: str) -> Precision:
-    """`auto` as fp32 on a CPU and bf16 on anything else."""
-    if engine.precision != "auto":
-        return engine.precision
-    return "fp32" if device_type == "cpu" else "bf16"
+def resolve_auto(config: TrainConfig, device_type: str) -> TrainConfig:
+    """What `engine.precision=auto` means: fp32 on a CPU, bf16 on anything else.
+
+    Done before a configuration is frozen: continued on another kind of device, the run must not change in silence.
+    """
+    if config.engine.precision != "auto":
+        return config
+    precision: Precision = "fp32" if device_type == "cpu" else "bf16"
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
 
 
 def resolve_context_method(method: ContextMethod, model: ModelConfig, tensor: int, context: int) -> ContextMethod:
@@ -245,7 +259,7 @@ def _ds_override_rules(key: str, value: Any) -> Iterator[str]:
         if inner in DS_DERIVED.get(key, ()):
             yield f"{name}.{inner}: is derived from {DS_DERIVED[key][inner]}; set that"
         elif section and inner not in section:
-            yield f"{name}.{inner}: unknown; allowed: {', '.join(section)}"
+            yield unknown_key_message(f"{name}.{inner}", inner, section)
 
 
 def _optimizer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
@@ -315,6 +329,20 @@ def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     nproc = config.launch.nproc_per_node
     if nproc is not None and nproc < 1:
         yield f"launch.nproc_per_node: found {nproc}, must be at least 1"
+    for key in _secrets_in(dataclasses.asdict(config)):
+        yield f"{key}: holds a URL with a user or password, which would be written to the run directory; take it out"
+
+
+def _secrets_in(value: Any, key: str = "") -> Iterator[str]:
+    """Keys whose text holds the user-info of a URL."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _secrets_in(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _secrets_in(inner, f"{key}[{number}]")
+    elif isinstance(value, str) and has_secret(value):
+        yield key
 
 
 def _is_positive(number: float) -> bool:

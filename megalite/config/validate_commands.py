@@ -79,8 +79,8 @@ def _input_rules(inputs: tuple[str, ...], output: str) -> Iterator[str]:
 
 
 def _generate_rules(config: GenerateConfig) -> Iterator[str]:
-    if not 0 <= config.temperature < math.inf:
-        yield f"temperature: found {config.temperature}, allowed: 0 (always the likeliest token) or more"
+    if config.temperature != 0 and not 1e-6 <= config.temperature < math.inf:
+        yield f"temperature: found {config.temperature}, allowed: 0 (always the likeliest token), or 1e-6 and more"
     if config.top_p is not None and not 0 < config.top_p <= 1:
         yield f"top_p: found {config.top_p}, allowed: above 0 and at most 1"
     yield from _at_least("", config, "max_new_tokens", "num_samples", "top_k")

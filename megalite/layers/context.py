@@ -76,7 +76,8 @@ class _Ring(torch.autograd.Function):
         log_sum = torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
         for step, kv in _round(torch.stack([k, v]), axis):
             rows, columns = _visible(step, axis, q.shape[2])
-            y, y_log_sum = block_forward(q[:, :, rows], *kv[:, :, :, columns], causal=step == 0)
+            keys, values = kv[:, :, :, columns].unbind()
+            y, y_log_sum = block_forward(q[:, :, rows], keys, values, causal=step == 0)
             merged = torch.logaddexp(log_sum[:, :, rows], y_log_sum.to(wide))
             out[:, :, rows] *= (log_sum[:, :, rows] - merged).exp()[..., None]
             out[:, :, rows] += y * (y_log_sum - merged).exp()[..., None]
@@ -94,8 +95,9 @@ class _Ring(torch.autograd.Function):
         grad_kv = torch.zeros((2, *k.shape), dtype=log_sum.dtype, device=q.device)
         for step, kv in _round(torch.stack([k, v]), axis):
             rows, columns = _visible(step, axis, q.shape[2])
-            ours = (x[:, :, rows] for x in (grad, q, out, log_sum))
-            found_q, *found_kv = block_backward(*ours, *kv[:, :, :, columns], causal=step == 0)
+            keys, values = kv[:, :, :, columns].unbind()
+            of_rows, q_rows, out_rows, log_sum_rows = (x[:, :, rows] for x in (grad, q, out, log_sum))
+            found_q, *found_kv = block_backward(of_rows, q_rows, out_rows, log_sum_rows, keys, values, step == 0)
             grad_q[:, :, rows] += found_q
             grad_kv[:, :, :, columns] += torch.stack(found_kv)
             # It goes on with the keys and values that it belongs to, and after `size` steps is at home.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from megalite.log import get_logger
-from megalite.metrics.redaction import redact_text
+from megalite.redaction import redact_text
 
 Row = Mapping[str, float | int | None]  # None: not known on this machine (MFU on a CPU)
 

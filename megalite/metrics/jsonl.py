@@ -17,7 +17,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     that is no row (the last one, torn by a kill) is left out with a warning.
     """
     rows: dict[int, dict[str, Any]] = {}
-    if not path.exists():
+    if not path.is_file():
         return []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         row = _decode(line)
@@ -86,6 +86,12 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             return None
-        return {key: float(value) if isinstance(value, str) else value for key, value in row.items()}
-    except ValueError:
+        return {
+            key: None if value is None else value if key == "step" else _number(value) for key, value in row.items()
+        }
+    except (ValueError, TypeError):
         return None
+
+
+def _number(value: Any) -> float | int:
+    return value if type(value) is int else float(value)

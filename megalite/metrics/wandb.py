@@ -15,8 +15,8 @@ from megalite.config.schema import WandbConfig
 from megalite.errors import ConfigError
 from megalite.log import get_logger
 from megalite.metrics.base import Row, panels
-from megalite.metrics.redaction import redact, redact_text
 from megalite.metrics.wandb_file import read_wandb_file
+from megalite.redaction import redact, redact_text
 
 _INIT_SECONDS = 30.0  # how long a server may take to answer before the run is logged offline
 _FINISH_SECONDS = 300.0  # how long the end of a run waits for uploads; the rest stays on disk for `wandb sync`

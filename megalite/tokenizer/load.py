@@ -22,8 +22,8 @@ from megalite.tokenizer.sentencepiece_model import SentencePieceTokenizer
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder or file; `ACCEPTED` lists the kinds.
 
-    Raises `DataError` when there is none at `path`, when a file is damaged, or when it could turn text into its
-    end-of-document id.
+    Raises `DataError` when there is none at `path`, when a file is damaged, when it could turn text into its
+    end-of-document id, or when it drops text.
     """
     path = Path(path)
     if path.is_dir():
@@ -36,6 +36,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         found = "has an ending that is not known" if path.exists() else "does not exist"
         raise DataError(f"tokenizer {path} {found}. {ACCEPTED}")
     _refuse_control_text(tokenizer, path)
+    _refuse_lost_text(tokenizer, path)
     return tokenizer
 
 
@@ -69,3 +70,12 @@ def _refuse_control_text(tokenizer: Tokenizer, path: Path) -> None:
                 f"tokenizer {path} turns the text {probe!r} into its end-of-document id, so that a document could end "
                 "itself: mark the token as special in its file"
             )
+
+
+def _refuse_lost_text(tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a tokenizer that leaves characters outside its vocabulary out, with no id to count them by."""
+    if not tokenizer.encode("\U000f1234"):  # of a private plane: in no vocabulary
+        raise DataError(
+            f"tokenizer {path} drops characters that are not in its vocabulary without a trace: it needs byte-level "
+            "pieces, byte fallback or an unknown token"
+        )

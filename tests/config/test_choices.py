@@ -101,6 +101,11 @@ def test_closed_sections_hold_what_deepspeed_reads():
     data_types = Recorded()
     DeepSpeedConfig({**BATCH, "data_types": data_types})
     assert set(DS_OVERRIDES["data_types"]) <= data_types.read
+    config = DeepSpeedConfig(BATCH)
+    models = {"bf16": config.bfloat16_config, "fp16": config.float16_config, "zero_optimization": config.zero_config}
+    for section, model in models.items():
+        assert set(DS_OVERRIDES[section]) <= set(type(model).model_fields), section
+        assert not set(DS_OVERRIDES[section]) & set(DS_DERIVED[section]), section
     profiler = DeepSpeedFlopsProfilerConfig({}).__dict__
     assert set(DS_OVERRIDES["flops_profiler"]) <= set(profiler)
 

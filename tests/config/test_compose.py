@@ -278,8 +278,9 @@ def test_a_text_is_taken_as_it_stands(prompt, run_dir, checkpoint):
 
 
 def test_an_empty_text_and_quotes_of_hydra():
-    config = compose("generate", "prompt=", "run_dir='a, b'", 'checkpoint="c"')
-    assert (config.prompt, config.run_dir, config.checkpoint) == ("", "a, b", "c")
+    config = compose("generate", "prompt='Tis true'", "run_dir=null", 'checkpoint="To be" or "not"')
+    assert (config.prompt, config.run_dir, config.checkpoint) == ("'Tis true'", "null", '"To be" or "not"')
+    assert compose("generate", "prompt=", "run_dir=x", "checkpoint=null").checkpoint is None
 
 
 def test_values_may_refer_to_others_in_a_training():
@@ -347,7 +348,7 @@ class TestFrozenFile:
             (b"a: [", "is not valid YAML"),
             (b"a:\tb: 1", "is not valid YAML"),
             (b"\xff\xfe\x00", "is not valid YAML"),
-            (b"", "expected a group of keys, found None"),
+            (b"", "is empty or holds no keys"),
             (b"seed: 1\n", "run_name is required"),
             (b"sede: 1\n", "unknown key sede. Did you mean seed"),
         ],

@@ -36,16 +36,25 @@ def test_variables_that_are_no_numbers(name, value):
         place_from_environment(TORCHRUN | {name: value})
 
 
+@pytest.mark.parametrize("wrong", [{"RANK": "4"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "4"}, {"LOCAL_RANK": "-1"}])
+def test_variables_out_of_range(wrong):
+    with pytest.raises(ConfigError, match="a launcher sets 0 <= LOCAL_RANK <= RANK < WORLD_SIZE"):
+        place_from_environment(TORCHRUN | wrong)
+
+
 @pytest.mark.parametrize(
     ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,3", 2), ("GPU-aa, GPU-bb,", 2), (" ", 0)]
 )
-def test_visible_gpus(visible, count):
+def test_visible_gpus(visible, count, monkeypatch, tmp_path):
+    for number in range(4):
+        (tmp_path / f"nvidia{number}").touch()
+    monkeypatch.setattr("megalite.config.place.Path", lambda path: tmp_path)
     assert count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
 
 
 def test_gpus_of_the_machine_are_its_device_files(monkeypatch, tmp_path):
     monkeypatch.setattr("megalite.config.place.Path", lambda path: tmp_path)
-    assert count_gpus({}) == 0
+    assert count_gpus({}) == count_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
     for name in ("nvidia0", "nvidia1", "nvidia10", "nvidiactl", "nvidia-uvm", "nvidia0x"):
         (tmp_path / name).touch()
     assert count_gpus({}) == 3
@@ -53,3 +62,4 @@ def test_gpus_of_the_machine_are_its_device_files(monkeypatch, tmp_path):
 
 def test_the_deepspeed_launchers_argument_is_dropped():
     assert drop_local_rank(["--local_rank=1", "seed=1", "--local-rank=0"]) == ["seed=1"]
+    assert drop_local_rank(["--local_rank", "1", "seed=1", "--local-rank", "0"]) == ["seed=1"]

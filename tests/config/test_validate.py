@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megalite.config import schema
-from megalite.config.validate import padded_vocab_size, resolve_precision, validate_train
+from megalite.config.validate import padded_vocab_size, resolve_auto, validate_train
 from megalite.config.validate_commands import (
     validate_data_build,
     validate_doctor,
@@ -116,10 +116,14 @@ RULES = [
          "engine.ds_overrides.zero_optimization.stage: is derived from engine.zero_stage", found="derived"),
     case("engine.ds_overrides", {"zero_optimization": {"offload_param": {"device": "cpu"}}}, {},
          "zero_optimization.offload_param: is derived from engine.offload", found="derived"),
+    case("engine.ds_overrides", {"zero_optimization": {"overlap_com": True}}, {}, "overlap_com. Did you mean "
+         "engine.ds_overrides.zero_optimization.overlap_comm?", found="unknown"),
+    case("logging.wandb.tags", ("a", "https://me:CANARY@host"), ("https://host",), "logging.wandb.tags[1]: holds a URL",
+         found="holds"),
     case("engine.ds_overrides", {"fp16": 3}, {"dump_state": True}, "engine.ds_overrides.fp16", "group of keys",
          found="found 3"),
     case("engine.ds_overrides", {"data_types": {"x": 1}}, {"data_types": {"grad_accum_dtype": "bf16"}},
-         "data_types.x: unknown; allowed: grad_accum_dtype", found="x"),
+         "unknown key engine.ds_overrides.data_types.x. Allowed here: grad_accum_dtype", found="x"),
     # optimizer and schedule
     *(case("optimizer.lr", lr, 1e-5, "above 0") for lr in (0.0, -1e-4, math.nan, math.inf)),
     case("optimizer.betas", (0.9, 1.0), (0.0, 0.999), "below 1", found="[0.9, 1.0]"),
@@ -180,7 +184,8 @@ def test_every_broken_rule_is_told_at_once():
     [("auto", "cpu", "fp32"), ("auto", "cuda", "bf16"), ("fp16", "cpu", "fp16"), ("fp32", "cuda", "fp32")],
 )
 def test_precision(precision, device, resolved):
-    assert resolve_precision(schema.EngineConfig(precision=precision), device) == resolved
+    config = dataclasses.replace(TRAIN, engine=schema.EngineConfig(precision=precision))
+    assert resolve_auto(config, device).engine.precision == resolved
 
 
 @pytest.mark.parametrize(("size", "padded"), [(1, 128), (128, 128), (129, 256), (50257, 50304)])

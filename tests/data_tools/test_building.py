@@ -74,6 +74,13 @@ def test_text_that_the_tokenizer_cannot_spell_is_counted(tmp_path, caplog):
     assert f"2 of {report.stores['train/in'].tokens} tokens are unknown" in caplog.text
 
 
+def test_an_id_that_is_not_unicode_is_only_an_id(tmp_path, tokenizer_path):
+    rows = ['{"id": "\\ud800", "text": "the king"}', '{"id": "b", "text": "of night"}']
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    report = build_store(build_config([source], tmp_path / "out", tokenizer_path, ReaderConfig(id_column="id")))
+    assert report.documents_read == 2
+
+
 def test_the_same_bytes_for_any_number_of_workers(tmp_path, tokenizer_path):
     """Several chunks for each worker, so that an order that depends on who is first would show."""
     import random
@@ -207,7 +214,7 @@ def test_full_disk(tmp_path, source, tokenizer_path, monkeypatch):
     def full(self, values):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megalite.data.format._DigestedFile.write", full)
+    monkeypatch.setattr("megalite.data.writer._DigestedFile.write", full)
     with pytest.raises(ResourceError, match="No space left"):
         build_store(build_config([source], tmp_path / "out", tokenizer_path))
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]

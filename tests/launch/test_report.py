@@ -138,7 +138,7 @@ def test_one_row_is_enough_and_none_is_an_error(run_dir):
 
 
 def test_the_command(run_dir, tmp_path, capsys):
-    assert report([f"run_dir='{run_dir}'"]) == 0
+    assert report([f"run_dir={run_dir}"]) == 0
     assert re.fullmatch(rf"{run_dir}/report.html\n{run_dir}/loss_curve.png\n", capsys.readouterr().out)
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
         report([f"run_dir={tmp_path / 'nowhere'}"])

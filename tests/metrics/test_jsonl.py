@@ -69,6 +69,15 @@ def test_a_new_run_drops_the_rows_of_an_older_one(tmp_path):
     assert steps_of(path) == [1, 2]
 
 
+@pytest.mark.parametrize("loss", ["[1]", '"x"', "{}"])
+def test_a_figure_that_is_no_number_makes_no_row(tmp_path, caplog, loss):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": {loss}}}\n{{"step": 2, "loss": 1.5, "mfu": null}}\n')
+    assert read_metrics(path) == [{"step": 2, "loss": 1.5, "mfu": None}]
+    assert "line 1 is torn" in caplog.text
+    assert read_metrics(tmp_path) == []
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_torn_last_line_is_dropped_with_a_warning(tmp_path, caplog, cut):
     path = tmp_path / "metrics.jsonl"

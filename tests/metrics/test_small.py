@@ -1,5 +1,6 @@
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from megalite.metrics.accumulator import LossMeter
 from megalite.metrics.base import GuardedSink, panels
 from megalite.metrics.hardware import memory_bytes, mfu, peak_flops
-from megalite.metrics.redaction import redact, redact_text
+from megalite.redaction import redact, redact_text
 
 
 def test_the_mean_of_one_loss_is_that_loss():
@@ -121,3 +122,5 @@ def test_redaction_takes_secrets_and_leaves_the_rest():
 
 def test_user_info_of_urls():
     assert redact_text("at https://u:p@h/x and ftp://q@h") == "at https://***@h/x and ftp://***@h"
+    assert redact_text(str(Path("https://u:p@h/x"))) == "https:/***@h/x"
+    assert redact_text("me@host, a:b@c, /home/me@work") == "me@host, a:b@c, /home/me@work"

@@ -8,7 +8,7 @@ _SECRET_WORDS = frozenset(
     ["apikey", "auth", "credential", "credentials", "passphrase", "passwd", "password", "secret", "token"]
 )
 _SECRET_ENDINGS = (("access", "key"), ("api", "key"), ("private", "key"), ("secret", "key"))
-_USER_INFO = re.compile(r"(?<=://)[^/\s?#]*@")
+_USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s?#]*@")  # a path makes one slash of two
 
 
 def redact(values: Any) -> Any:
@@ -24,9 +24,14 @@ def redact(values: Any) -> Any:
     return redact_text(values) if isinstance(values, str) else values
 
 
+def has_secret(text: str) -> bool:
+    """Whether `redact_text` would change `text`."""
+    return _USER_INFO.search(text) is not None
+
+
 def redact_text(text: str) -> str:
     """`text` with the user-info of every URL in it replaced."""
-    return _USER_INFO.sub(f"{HIDDEN}@", text)
+    return _USER_INFO.sub(rf"\1{HIDDEN}@", text)
 
 
 def _is_secret(key: str) -> bool:
