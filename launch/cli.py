@@ -74,6 +74,14 @@ COMMANDS = {
         "megalite report run_dir=outputs/quickstart",
         ("ReportConfig", "report"),
     ),
+    "parity": Command(
+        "parity:parity",
+        "does a layout change the numbers of my model?",
+        "megalite parity model=llama_8b parallel.tensor=1,2 engine.zero_stage=0,1,3",
+        ("TrainConfig", "train"),
+        notes="The model is made small (2 layers, width 128, vocabulary 500, dropout 0), with all its switches. No\n"
+        "data is read. parallel.* and engine.* take several values with commas: all combinations are tried.",
+    ),
     "doctor": Command("doctor:doctor", "is this machine fit to run?", "megalite doctor", ("DoctorConfig", "doctor")),
 }
 

@@ -1,8 +1,6 @@
 """One rank of a training run: `torchrun -m megalite.train key=value ...`, or called by `megalite train`."""
 
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from megalite.guard.lock import RunLock
 from megalite.log import get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
+from megalite.process import pick_device, start_process_group
 from megalite.trainer import Trainer
 
 log = get_logger(__name__)
@@ -48,14 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config: TrainConfig, place: Place) -> None:
     """Train `config`, validated, resolved and complete, as the rank at `place`."""
-    device = _pick_device(place)
-    if device.type == "cpu" and place.local_world_size > 1:
-        # Ranks that fight for cores are slower than ranks that share them.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+    device = pick_device(place)
     validate_train(config, place.world_size, device.type)
     run_dir = Path(config.run_dir)
     lock = RunLock(run_dir) if place.rank == 0 else None
-    _start_process_group(place, device)
+    start_process_group(place, device)
     try:
         if place.rank == 0:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -67,32 +63,6 @@ def train(config: TrainConfig, place: Place) -> None:
         dist.destroy_process_group()
         if lock:
             lock.close()
-
-
-def _pick_device(place: Place) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if place.local_rank >= torch.cuda.device_count():
-        raise ResourceError(
-            f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} are visible; start fewer processes "
-            "(launch.nproc_per_node, or your launcher's option) or check CUDA_VISIBLE_DEVICES"
-        )
-    torch.cuda.set_device(place.local_rank)
-    return torch.device("cuda", place.local_rank)
-
-
-def _start_process_group(place: Place, device: torch.device) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    alone = place.init_method is None
-    dist.init_process_group(
-        backend,
-        init_method=place.init_method,
-        store=dist.HashStore() if alone else None,
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(minutes=30),
-        device_id=device if backend == "nccl" else None,
-    )
 
 
 def _check_agreement(config: TrainConfig) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save as serialize
 
 import megalite
@@ -15,6 +14,7 @@ from megalite.checkpoint_format import KINDS, FileEntry, Manifest, commit, creat
 from megalite.config.compose import config_values
 from megalite.data.format import TokenStore
 from megalite.engine import Engine
+from megalite.models import gather_parameter
 
 FILE_BYTES = 512 << 20  # a file is closed when the next tensor would take it above this
 
@@ -36,7 +36,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, counters: Counters) -> Path:
         writes = number % engine.mesh.world_size == rank
         tensors = {}
         for name in names:
-            full = _gather_full(engine, parameters[name], kind)
+            full = gather_parameter(get_tensor(engine, parameters[name], kind), parameters[name], engine.mesh)
             if writes:
                 tensors[name] = full.cpu().contiguous()
         if writes and error is None:
@@ -67,17 +67,6 @@ def _plan(engine: Engine) -> Iterator[tuple[str, list[str]]]:
             names.append(name)
             size += num_bytes
         yield kind, names
-
-
-def _gather_full(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
-    """The logical tensor: whole over the data axis, then put together over the tensor axis."""
-    local = get_tensor(engine, parameter, kind).contiguous()
-    shard, tensor = parameter.shard, engine.mesh.tensor  # type: ignore[attr-defined]
-    if shard.dim is None or tensor.size == 1:
-        return shard.gather([local])
-    pieces = [torch.empty_like(local) for _ in range(tensor.size)]
-    dist.all_gather(pieces, local, group=tensor.group)
-    return shard.gather(pieces)
 
 
 def _write(folder: Path, name: str, kind: str, tensors: dict[str, torch.Tensor]) -> FileEntry:

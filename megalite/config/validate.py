@@ -63,6 +63,13 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
         raise ConfigError("\n".join(problems))
 
 
+def validate_layout(config: TrainConfig, world_size: int) -> None:
+    """The rules of `validate_train` about model, layout and engine alone, not about batches, data or the run."""
+    rules = (_model_rules, _parallel_rules, _engine_rules)
+    if problems := [problem for rule in rules for problem in rule(config, world_size)]:
+        raise ConfigError("\n".join(problems))
+
+
 def resolve_auto(config: TrainConfig, device_type: str) -> TrainConfig:
     """What `engine.precision=auto` means: fp32 on a CPU, bf16 on anything else.
 

@@ -8,6 +8,7 @@ from megalite.models.counts import count_parameters, flops_per_token
 from megalite.models.decoder import Decoder
 from megalite.models.materialize import (
     allocate,
+    gather_parameter,
     init_parameter,
     iter_parameter_slots,
     materialize,
@@ -21,6 +22,7 @@ __all__ = [
     "build_model",
     "count_parameters",
     "flops_per_token",
+    "gather_parameter",
     "init_parameter",
     "iter_parameter_slots",
     "materialize",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite.layers.shard import init_of, replace_parameter, shard_of
@@ -47,6 +48,16 @@ def init_parameter(name: str, parameter: nn.Parameter, seed: int, mesh: Mesh) ->
     if full is not local:
         shard.slice_into(local, full, mesh.tensor.rank, mesh.tensor.size)
     return local
+
+
+def gather_parameter(local: Tensor, parameter: nn.Parameter, mesh: Mesh) -> Tensor:
+    """The logical tensor of what each tensor rank holds of it (a weight, a gradient, a moment); on all of them."""
+    shard, local = shard_of(parameter), local.contiguous()
+    if shard.dim is None or mesh.tensor.size == 1:
+        return shard.gather([local])
+    pieces = [torch.empty_like(local) for _ in range(mesh.tensor.size)]
+    dist.all_gather(pieces, local, group=mesh.tensor.group)
+    return shard.gather(pieces)
 
 
 def materialize(model: nn.Module, mesh: Mesh, seed: int, dtype: torch.dtype = torch.float32) -> None:
