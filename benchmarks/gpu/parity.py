@@ -22,7 +22,7 @@ from benchmarks.gpu.isolate import Emit, short_error
 from megalite import rng
 from megalite.config.schema import ModelConfig, RotaryScalingConfig
 from megalite.layers.attention import Attention
-from megalite.layers.cross_entropy import LossTerms, Target
+from megalite.layers.cross_entropy import LossTerms, Target, Vocabulary
 from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import LayerNorm, RMSNorm
@@ -89,7 +89,8 @@ def layer_cases(sizes: Sizes) -> dict[str, LayerCase]:
         return lambda axis: MLP(D, 4 * D, activation, bias, axis, init, init)
 
     def attention(heads: int) -> Callable[[Axis], nn.Module]:
-        return lambda axis: Attention(D, H, heads, K, True, 0.0, axis, init, init)
+        config = ModelConfig(hidden_size=D, num_attention_heads=H, num_key_value_heads=heads)
+        return lambda axis: Attention(config, axis, init, init)
 
     return {
         "layernorm": LayerCase(lambda axis: LayerNorm(D, 1e-5, axis), plain, x),
@@ -109,7 +110,10 @@ def layer_cases(sizes: Sizes) -> dict[str, LayerCase]:
             lambda axis: VocabParallelEmbedding(V, D, axis, init), lambda layer, t: layer(t["ids"]), {}, {"ids": (B, S)}
         ),
         "head and loss": LayerCase(
-            lambda axis: VocabParallelLinear(V, D, axis, init), loss, x | {"weights": (B, S)}, {"labels": (B, S)}
+            lambda axis: VocabParallelLinear(Vocabulary(V, axis), D, init),
+            loss,
+            x | {"weights": (B, S)},
+            {"labels": (B, S)},
         ),
     }
 

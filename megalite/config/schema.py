@@ -11,7 +11,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
 ContextMethod = Literal["auto", "ulysses", "ring"]
 Offload = Literal["none", "optimizer", "parameters"]
-Positions = Literal["learned", "sinusoidal", "rotary"]
+Positions = Literal["learned", "none", "rotary", "sinusoidal"]
+RotaryScaling = Literal["linear", "llama3", "ntk", "yarn"]
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"]
 
@@ -36,6 +37,12 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_scaling: "RotaryScalingConfig | None" = None
     bias: bool = True  # biases in linear layers
+    qkv_bias: bool | None = None  # of the query, key and value projection alone; None: as bias
+    qk_norm: bool = False  # RMS norm of each head's queries and keys
+    parallel_residual: bool = False  # attention and MLP side by side, both from the block's input
+    sliding_window: int | None = None  # tokens that a token sees, itself included; None: all before it
+    attention_soft_cap: float | None = None  # attention scores are squashed into +- this
+    logit_soft_cap: float | None = None  # the head's logits are squashed into +- this
     tied_embeddings: bool = True  # the output head shares the token embedding
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     init_std: float = 0.02
@@ -56,6 +63,11 @@ class ModelConfig:
         return self.ffn_hidden_size if self.ffn_hidden_size is not None else 4 * self.hidden_size
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases, with the default applied."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def known_vocab_size(self) -> int:
         """`vocab_size` once preflight has filled it in."""
         assert self.vocab_size is not None, "preflight fills model.vocab_size before anything is built"
@@ -64,12 +76,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryScalingConfig:
-    """Llama 3.1's frequency scaling (Grattafiori et al. 2024; the constants of Meta's reference code)."""
+    """How rotary positions reach beyond the length that a model was first trained on; see `layers.positions`."""
 
-    factor: float = 8.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_max_sequence_length: int = 8192
+    method: RotaryScaling = "llama3"
+    factor: float = 8.0  # how many times longer
+    original_max_sequence_length: int = 8192  # llama3, yarn
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_slow: float = 1.0  # yarn
+    beta_fast: float = 32.0  # yarn
 
 
 @dataclass(frozen=True, kw_only=True)

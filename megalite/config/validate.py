@@ -110,6 +110,7 @@ def _model_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         if not _is_positive(getattr(model, key)):
             yield f"model.{key}: found {getattr(model, key)}, must be above 0"
     yield from _rotary_scaling_rules(model)
+    yield from _attention_rules(model)
 
 
 def _head_rules(model: ModelConfig) -> Iterator[str]:
@@ -128,19 +129,31 @@ def _head_rules(model: ModelConfig) -> Iterator[str]:
         yield f"model.head_size: found {model.head_dim}, rotary positions need an even number"
 
 
+def _attention_rules(model: ModelConfig) -> Iterator[str]:
+    for key in ("attention_soft_cap", "logit_soft_cap"):
+        value = getattr(model, key)
+        if value is not None and not _is_positive(value):
+            yield f"model.{key}: found {value}, must be above 0, or null for none"
+    if model.sliding_window is not None and model.sliding_window < 1:
+        yield f"model.sliding_window: found {model.sliding_window}, must be at least 1, or null for none"
+
+
 def _rotary_scaling_rules(model: ModelConfig) -> Iterator[str]:
     scaling = model.rotary_scaling
     if scaling is None:
         return
     if model.positions != "rotary":
         yield f"model.rotary_scaling: has no effect with model.positions={model.positions}; set it to null"
-    if not _is_positive(scaling.factor):
-        yield f"model.rotary_scaling.factor: found {scaling.factor}, must be above 0"
-    if not 0 < scaling.low_frequency_factor < scaling.high_frequency_factor < math.inf:
-        yield (
-            f"model.rotary_scaling.low_frequency_factor: found {scaling.low_frequency_factor}, must lie between 0 and "
-            f"model.rotary_scaling.high_frequency_factor={scaling.high_frequency_factor}"
-        )
+    if not 1 <= scaling.factor < math.inf:
+        yield f"model.rotary_scaling.factor: found {scaling.factor}, must be at least 1"
+    if scaling.method == "ntk" and model.head_dim < 4:
+        yield f"model.rotary_scaling.method: found ntk, which needs heads of 4 at least, not {model.head_dim}"
+    for low, high in (("low_frequency_factor", "high_frequency_factor"), ("beta_slow", "beta_fast")):
+        below, above = getattr(scaling, low), getattr(scaling, high)
+        if not 0 < below < above < math.inf:
+            yield (
+                f"model.rotary_scaling.{low}: found {below}, must lie between 0 and model.rotary_scaling.{high}={above}"
+            )
     if scaling.original_max_sequence_length < 1:
         yield (
             "model.rotary_scaling.original_max_sequence_length: found "
@@ -214,6 +227,16 @@ def _context_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         yield (
             f"parallel.context_method: found ulysses, which splits the {heads} key and value heads of a rank over "
             f"parallel.context={parallel.context}; allowed: ring, or a parallel.context of {divisors(heads)}"
+        )
+    if model.sliding_window is not None:
+        yield (
+            f"model.sliding_window: found {model.sliding_window} with parallel.context={parallel.context}, where every "
+            "rank sees whole sequences; allowed: null, or parallel.context=1"
+        )
+    if method == "ring" and model.attention_soft_cap is not None:
+        yield (
+            f"model.attention_soft_cap: found {model.attention_soft_cap} with ring attention, whose kernels have none; "
+            "allowed: null, or parallel.context_method=ulysses"
         )
     if method == "ring" and model.dropout > 0:
         yield (

@@ -57,29 +57,31 @@ class Target:
 
 
 @dataclass(frozen=True)
-class _Head:
-    """Whose vocabulary: the real size, without padding, and this rank's place on the tensor axis."""
+class Vocabulary:
+    """What the logits are over: the real size, without padding, split over `axis`.
 
-    vocab_size: int
+    `soft_cap` c: logits become c tanh(logit / c) (Gemma 2, Riviere et al. 2024).
+    """
+
+    size: int
     axis: Axis
-    terms: LossTerms = LossTerms()
+    soft_cap: float | None = None
 
 
-def token_losses(x_BSD: Tensor, weight: Tensor, labels_BS: Tensor, vocab_size: int, axis: Axis) -> Tensor:
+def token_losses(x_BSD: Tensor, weight: Tensor, labels_BS: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Negative log-likelihoods of the labels in nats, (B, S) in at least fp32; no gradient flows.
 
     `x_BSD` and `weight` as in `linear_cross_entropy`. A negative label is ignored: 0.
     Communication: two all-reduces a chunk, of its C maxima and 2 C sums.
     """
-    head = _Head(vocab_size, axis)
     with torch.no_grad():
-        x_ND = _whole(x_BSD, axis).flatten(0, 1)
+        x_ND = _whole(x_BSD, vocabulary.axis).flatten(0, 1)
         chunks = _chunks(weight, x_ND, labels_BS.flatten())
-        losses = [_Chunk(x, weight, labels, head).losses_C for x, labels in chunks]
+        losses = [_Chunk(x, weight, labels, vocabulary, LossTerms()).losses_C for x, labels in chunks]
     return torch.cat(losses).view(labels_BS.shape)
 
 
-def linear_cross_entropy(x_BSD: Tensor, weight: Tensor, target: Target, vocab_size: int, axis: Axis) -> Tensor:
+def linear_cross_entropy(x_BSD: Tensor, weight: Tensor, target: Target, vocabulary: Vocabulary) -> Tensor:
     """sum over tokens of weight_t (log sum_v exp(x_t W_v) - x_t W_label + terms), in nats: a scalar.
 
     Shapes: x_BSD, equal on all ranks or parts of the sequence; weight (padded V / size, D), this rank's rows.
@@ -87,9 +89,9 @@ def linear_cross_entropy(x_BSD: Tensor, weight: Tensor, target: Target, vocab_si
     all-reduce of the gradient of x, or one reduce-scatter.
     """
     assert target.weights_BS is not None
-    x_ND = _whole(x_BSD, axis).flatten(0, 1)
-    head = _Head(vocab_size, axis, target.terms)
-    return _LinearCrossEntropy.apply(x_ND, weight, target.labels_BS.flatten(), target.weights_BS.flatten(), head)
+    x_ND = _whole(x_BSD, vocabulary.axis).flatten(0, 1)
+    labels_N, weights_N = target.labels_BS.flatten(), target.weights_BS.flatten()
+    return _LinearCrossEntropy.apply(x_ND, weight, labels_N, weights_N, vocabulary, target.terms)
 
 
 def _whole(x_BSD: Tensor, axis: Axis) -> Tensor:
@@ -98,12 +100,20 @@ def _whole(x_BSD: Tensor, axis: Axis) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, labels_N: Tensor, weights_N: Tensor, head: _Head) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        vocabulary: Vocabulary,
+        terms: LossTerms,
+    ) -> Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_x_ND, grad_weight = torch.empty_like(x_ND), torch.zeros_like(weight, dtype=wide)
         losses, done = [], 0
         for x, labels, weights in _chunks(weight, x_ND, labels_N, torch.where(labels_N >= 0, weights_N, 0.0)):
-            chunk = _Chunk(x, weight, labels, head)
+            chunk = _Chunk(x, weight, labels, vocabulary, terms)
             losses.append(weights * chunk.losses_C)
             grads = chunk.logit_gradients(weights).to(x.dtype)
             torch.mm(grads, weight, out=grad_x_ND[done : done + len(x)])
@@ -117,9 +127,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.cat(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x_ND, grad_weight = ctx.saved_tensors
-        return grad_x_ND * grad.to(grad_x_ND.dtype), (grad_weight * grad).to(ctx.dtype), None, None, None
+        return grad_x_ND * grad.to(grad_x_ND.dtype), (grad_weight * grad).to(ctx.dtype), None, None, None, None
 
 
 def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -133,40 +143,48 @@ def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class _Chunk:
     """The logits of C tokens, turned in place into exp(logit - largest), and into their gradient at the end."""
 
-    def __init__(self, x_CD: Tensor, weight: Tensor, labels_C: Tensor, head: _Head):
+    def __init__(
+        self, x_CD: Tensor, weight: Tensor, labels_C: Tensor, vocabulary: Vocabulary, terms: LossTerms
+    ) -> None:
         """Makes the logits, and `losses_C`: 0 where the label is negative."""
-        self._labels_C, self._head = labels_C, head
+        axis = vocabulary.axis
+        self._labels_C, self._vocabulary, self._terms = labels_C, vocabulary, terms
         logits = F.linear(x_CD, weight)
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self._slope: Tensor | None = None  # of the soft cap
+        if vocabulary.soft_cap is not None:
+            squashed = torch.tanh(scores / vocabulary.soft_cap)
+            self._slope, scores = 1 - squashed.square(), squashed * vocabulary.soft_cap
         width = scores.shape[1]
-        self._real = min(max(head.vocab_size - head.axis.rank * width, 0), width)  # the rest is padding
+        self._real = min(max(vocabulary.size - axis.rank * width, 0), width)  # the rest is padding
         scores[:, self._real :] = -torch.inf
-        local_C, held_C = local_rows(labels_C, width, head.axis)
-        peak_C = comm.all_reduce(scores.amax(dim=-1), head.axis, "max")
+        local_C, held_C = local_rows(labels_C, width, axis)
+        peak_C = comm.all_reduce(scores.amax(dim=-1), axis, "max")
         target_C = torch.where(held_C, scores.gather(1, local_C[:, None])[:, 0] - peak_C, 0.0)
         scores.sub_(peak_C[:, None])
-        smoothed = [scores[:, : self._real].sum(dim=-1)] if head.terms.label_smoothing else []
+        smoothed = [scores[:, : self._real].sum(dim=-1)] if terms.label_smoothing else []
         sums = torch.stack([target_C, *smoothed, scores.exp_().sum(dim=-1)])
-        target_C, *smoothed, self._total_C = comm.all_reduce(sums, head.axis).unbind()
+        target_C, *smoothed, self._total_C = comm.all_reduce(sums, axis).unbind()
         self._log_sum_C = peak_C + self._total_C.log()
         self._scores = scores
         losses_C = self._total_C.log() - target_C
         for sum_C in smoothed:
-            losses_C = losses_C + head.terms.label_smoothing * (target_C - sum_C / head.vocab_size)
-        if head.terms.z_loss:
-            losses_C = losses_C + head.terms.z_loss * self._log_sum_C.square()
+            losses_C = losses_C + terms.label_smoothing * (target_C - sum_C / vocabulary.size)
+        if terms.z_loss:
+            losses_C = losses_C + terms.z_loss * self._log_sum_C.square()
         self.losses_C = torch.where(labels_C >= 0, losses_C, 0.0)
 
     def logit_gradients(self, weights_C: Tensor) -> Tensor:
         """w_t d loss_t / d logit_tv = w_t ((1 + 2 z log_sum_t) softmax_tv - (1 - e) [v = label_t] - e / V)."""
-        terms, grads = self._head.terms, self._scores
+        terms, grads = self._terms, self._scores
         weights_C = weights_C.to(grads.dtype)
         grads.mul_((weights_C * (1 + 2 * terms.z_loss * self._log_sum_C) / self._total_C)[:, None])
         if terms.label_smoothing:
-            grads[:, : self._real] -= (weights_C * (terms.label_smoothing / self._head.vocab_size))[:, None]
-        local_C, held_C = local_rows(self._labels_C, grads.shape[1], self._head.axis)
+            grads[:, : self._real] -= (weights_C * (terms.label_smoothing / self._vocabulary.size))[:, None]
+        local_C, held_C = local_rows(self._labels_C, grads.shape[1], self._vocabulary.axis)
         at_label_C = torch.where(held_C, (terms.label_smoothing - 1) * weights_C, 0.0)
-        return grads.scatter_add_(1, local_C[:, None], at_label_C[:, None])
+        grads.scatter_add_(1, local_C[:, None], at_label_C[:, None])
+        return grads if self._slope is None else grads.mul_(self._slope)
 
 
 def local_rows(tokens: Tensor, width: int, axis: Axis) -> tuple[Tensor, Tensor]:

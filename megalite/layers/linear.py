@@ -59,7 +59,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         y = sum_partial(F.linear(x, self.weight), self.axis)
-        return y if self.bias is None else y + replicated(self.axis, self.bias)[0]
+        return y if self.bias is None else y + replicated(self.axis, self.bias, partial=self.axis.sequence)[0]
 
     def extra_repr(self) -> str:
         """Unsharded size and this rank's place."""

@@ -32,7 +32,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """See the class."""
-        offset, bias = replicated(self.axis, _wide(self.weight_offset), _wide(self.bias))
+        offset, bias = replicated(self.axis, _wide(self.weight_offset), _wide(self.bias), partial=self.axis.sequence)
         return F.layer_norm(_wide(x_BSD), bias.shape, 1 + offset, bias, self.eps).to(x_BSD.dtype)
 
     def extra_repr(self) -> str:
@@ -41,16 +41,19 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * (1 + weight_offset) (Zhang and Sennrich 2019). Shapes: x_BSD -> (B, S, D)."""
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight_offset) (Zhang and Sennrich 2019), over the last dim.
 
-    def __init__(self, hidden_size: int, eps: float, axis: Axis) -> None:
+    Shapes: x_BSD -> (B, S, D). `of_own_heads`: D is a head's size, and each tensor rank has other heads.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, axis: Axis, of_own_heads: bool = False) -> None:
         super().__init__()
-        self.eps, self.axis = eps, axis
+        self.eps, self.axis, self.of_own_heads = eps, axis, of_own_heads
         self.weight_offset = make_parameter(Shard((hidden_size,)), Init(), axis)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """See the class."""
-        (offset,) = replicated(self.axis, _wide(self.weight_offset))
+        (offset,) = replicated(self.axis, _wide(self.weight_offset), partial=self.of_own_heads or self.axis.sequence)
         return F.rms_norm(_wide(x_BSD), offset.shape, 1 + offset, self.eps).to(x_BSD.dtype)
 
     def extra_repr(self) -> str:

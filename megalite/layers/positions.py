@@ -50,12 +50,12 @@ def rotary_tables(
 
     Shapes: positions_S -> two tensors (S, K/2), for a model in `dtype`, but at least in fp32. `head_size` is even.
     """
-    frequencies = _frequencies(head_size, base, positions_S.device)
+    frequencies, scale = _frequencies(head_size, base, positions_S.device), 1.0
     if scaling is not None:
-        frequencies = _llama3_scaled(frequencies, scaling)
+        frequencies, scale = _scaled(frequencies, base, scaling)
     angles = positions_S.double()[:, None] * frequencies
     table_dtype = torch.promote_types(dtype, torch.float32)
-    return angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+    return (scale * angles.cos()).to(table_dtype), (scale * angles.sin()).to(table_dtype)
 
 
 def apply_rotary(x_BSHK: Tensor, cos_SK: Tensor, sin_SK: Tensor) -> Tensor:
@@ -71,6 +71,33 @@ def apply_rotary(x_BSHK: Tensor, cos_SK: Tensor, sin_SK: Tensor) -> Tensor:
 def _frequencies(size: int, base: float, device: torch.device) -> Tensor:
     exponents = torch.arange(0, size, 2, device=device, dtype=torch.float64) / size
     return torch.pow(base, -exponents)
+
+
+def _scaled(frequencies: Tensor, base: float, scaling: RotaryScalingConfig) -> tuple[Tensor, float]:
+    """Frequencies for sequences `factor` times as long as those first trained on, and what cos and sin are scaled by.
+
+    linear: position / factor (Chen et al. 2023). ntk: the base grows so that the slowest rotation is slowed by `factor`
+    and the fastest kept (bloc97 2023, "NTK-aware"). yarn: `factor` for slow rotations, none for fast ones, a ramp
+    between those that turn `beta_slow` and `beta_fast` times over the original length; attention is sharpened by the
+    scale 1 + 0.1 ln(factor) of cos and sin (Peng et al. 2023). llama3: see `_llama3_scaled`.
+    """
+    half, factor = len(frequencies), scaling.factor
+    match scaling.method:
+        case "linear":
+            return frequencies / factor, 1.0
+        case "ntk":
+            return _frequencies(2 * half, base * factor ** (half / (half - 1)), frequencies.device), 1.0
+        case "yarn":
+            low, high = (
+                half * math.log(scaling.original_max_sequence_length / (2 * math.pi * turns)) / math.log(base)
+                for turns in (scaling.beta_fast, scaling.beta_slow)
+            )
+            low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * half - 1)
+            steps = torch.arange(half, dtype=frequencies.dtype, device=frequencies.device)
+            slowed = ((steps - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
+            return frequencies * (1.0 - slowed) + frequencies / factor * slowed, 1.0 + 0.1 * math.log(max(factor, 1.0))
+        case "llama3":
+            return _llama3_scaled(frequencies, scaling), 1.0
 
 
 def _llama3_scaled(frequencies: Tensor, scaling: RotaryScalingConfig) -> Tensor:

@@ -46,13 +46,16 @@ def own_part(x_SD: Tensor, axis: Axis) -> Tensor:
     return comm.scatter(x_SD, axis, 0) if axis.sequence else x_SD
 
 
-def replicated(axis: Axis, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Replicated vectors of one size, about to be used outside the split layers.
+def replicated(axis: Axis, *parameters: Tensor, partial: bool) -> tuple[Tensor, ...]:
+    """Replicated vectors of one size, about to be used.
 
-    Used on a part of the sequence they get a part of their gradient: it is summed over the axis here, inside autograd,
-    so that ZeRO 2 and 3, which take gradients as they come, see whole ones. One all-reduce for all of them.
+    `partial`: on a part of the sequence or of the heads, so that each rank finds a part of their gradient. It is summed
+    over the axis here, inside autograd, so that ZeRO 2 and 3, which take gradients as they come, see whole ones. One
+    all-reduce for all of them.
     """
-    return comm.copy(torch.stack(parameters), axis).unbind() if axis.sequence else parameters
+    if not partial or axis.size == 1:
+        return parameters
+    return comm.copy(torch.stack(parameters), axis).unbind()
 
 
 # One operation to autograd, so that it keeps the part of the input and not the whole, and to selective recomputation,

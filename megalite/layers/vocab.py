@@ -6,11 +6,12 @@ number of ranks; padded rows are zero, never looked up, and count as minus infin
 Legend: B batch, S sequence, D hidden size, V vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config.validate import VOCAB_MULTIPLE
-from megalite.layers.cross_entropy import Target, linear_cross_entropy, local_rows, token_losses
+from megalite.layers.cross_entropy import Target, Vocabulary, linear_cross_entropy, local_rows, token_losses
 from megalite.layers.region import column_linear, sum_partial
 from megalite.layers.shard import Init, Shard, make_parameter
 from megalite.mesh import Axis
@@ -52,21 +53,22 @@ class VocabParallelLinear(nn.Module):
     See `apply_head`.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, axis: Axis, init: Init) -> None:
+    def __init__(self, vocabulary: Vocabulary, hidden_size: int, init: Init) -> None:
         super().__init__()
-        self.vocab_size, self.hidden_size, self.axis = vocab_size, hidden_size, axis
-        self.weight = make_parameter(vocab_shard(vocab_size, hidden_size), init, axis)
+        self.vocabulary, self.hidden_size = vocabulary, hidden_size
+        self.weight = make_parameter(vocab_shard(vocabulary.size, hidden_size), init, vocabulary.axis)
 
     def forward(self, x_BSD: Tensor, target: Target | None) -> Tensor:
         """See the class."""
-        return apply_head(x_BSD, self.weight, self.vocab_size, self.axis, target)
+        return apply_head(x_BSD, self.weight, self.vocabulary, target)
 
     def extra_repr(self) -> str:
         """Unsharded size and this rank's place."""
-        return f"{self.hidden_size} -> {self.vocab_size}, rank {self.axis.rank} of {self.axis.size}"
+        axis = self.vocabulary.axis
+        return f"{self.hidden_size} -> {self.vocabulary.size}, rank {axis.rank} of {axis.size}"
 
 
-def apply_head(x_BSD: Tensor, weight: Tensor, vocab_size: int, axis: Axis, target: Target | None) -> Tensor:
+def apply_head(x_BSD: Tensor, weight: Tensor, vocabulary: Vocabulary, target: Target | None) -> Tensor:
     """Logits without a `target`; with one a loss, for which all logits never exist at once.
 
     `weight` is the head's own or the embedding's (tied), this rank's rows. Shapes: x_BSD, equal on all ranks or parts
@@ -74,7 +76,8 @@ def apply_head(x_BSD: Tensor, weight: Tensor, vocab_size: int, axis: Axis, targe
     scalar where the target has weights. Communication: `region.column_linear`, `token_losses`, `linear_cross_entropy`.
     """
     if target is None:
-        return column_linear(x_BSD, weight, None, axis)
+        logits, cap = column_linear(x_BSD, weight, None, vocabulary.axis), vocabulary.soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
     if target.weights_BS is None:
-        return token_losses(x_BSD, weight, target.labels_BS, vocab_size, axis)
-    return linear_cross_entropy(x_BSD, weight, target, vocab_size, axis)
+        return token_losses(x_BSD, weight, target.labels_BS, vocabulary)
+    return linear_cross_entropy(x_BSD, weight, target, vocabulary)

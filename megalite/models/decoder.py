@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from megalite import comm, rng
 from megalite.config.schema import ModelConfig, Recompute
 from megalite.errors import ConfigError
+from megalite.layers.attend import attention_mask
 from megalite.layers.attention import Attention
 from megalite.layers.cache import KVCache
 from megalite.layers.context import Context
-from megalite.layers.cross_entropy import Target
+from megalite.layers.cross_entropy import Target, Vocabulary
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import NORMS
 from megalite.layers.positions import LearnedPositions, rotary_tables, sinusoids
@@ -62,6 +63,7 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """x = x + dropout(attention(norm(x))); x = x + dropout(mlp(norm(x))): pre-norm, (B, S, D) -> (B, S, D).
 
+    With `parallel_residual` x + dropout(attention(norm(x))) + dropout(mlp(norm(x))) (GPT-NeoX, Black et al. 2022).
     `layer` is the block's index in the whole model; logical names carry it.
     """
 
@@ -70,23 +72,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.recompute, self.dropout = layer, recompute, config.dropout
+        self.parallel_residual = config.parallel_residual
         init = Init(std=config.init_std)
         # GPT-2: what is added to the residual stream 2L times is scaled so that the sum keeps its size.
         output_init = Init(std=config.init_std / math.sqrt(2 * config.num_layers))
         norm = NORMS[config.norm]
         self.attention_norm = norm(config.hidden_size, config.norm_eps, axis)
-        self.attention = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.bias,
-            config.dropout,
-            axis,
-            init,
-            output_init,
-            context,
-        )
+        self.attention = Attention(config, axis, init, output_init, context)
         self.mlp_norm = norm(config.hidden_size, config.norm_eps, axis)
         self.mlp = MLP(config.hidden_size, config.ffn_size, config.activation, config.bias, axis, init, output_init)
 
@@ -94,27 +86,29 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor] | None = None,
+        mask_ST: Tensor | None = None,
         key_K: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """See the class. Where a backward pass will follow, recomputes as told."""
         if self.training and cache is None:
-            return run_block(self._layers, self.recompute, self.dropout > 0.0, x_BSD, rotary, key_K)
-        return self._layers(x_BSD, rotary, key_K, cache)
+            return run_block(self._layers, self.recompute, self.dropout > 0.0, x_BSD, rotary, mask_ST, key_K)
+        return self._layers(x_BSD, rotary, mask_ST, key_K, cache)
 
     def _layers(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
+        mask_ST: Tensor | None,
         key_K: Tensor | None,
         cache: KVCache | None = None,
     ) -> Tensor:
         # `self.layer` is read only with a cache: a number that differs by block would make torch.compile start anew.
         layer = 0 if cache is None else self.layer
-        branch_BSD = self.attention(self.attention_norm(x_BSD), rotary, cache, layer)
-        x_BSD = x_BSD + self._drop(branch_BSD, key_K, _ATTENTION_BRANCH)
-        branch_BSD = self.mlp(self.mlp_norm(x_BSD))
-        return x_BSD + self._drop(branch_BSD, key_K, _MLP_BRANCH)
+        branch_BSD = self.attention(self.attention_norm(x_BSD), rotary, mask_ST, cache, layer)
+        sum_BSD = x_BSD + self._drop(branch_BSD, key_K, _ATTENTION_BRANCH)
+        branch_BSD = self.mlp(self.mlp_norm(x_BSD if self.parallel_residual else sum_BSD))
+        return sum_BSD + self._drop(branch_BSD, key_K, _MLP_BRANCH)
 
     def _drop(self, x_BSD: Tensor, key_K: Tensor | None, stream: int) -> Tensor:
         return x_BSD if key_K is None else rng.dropout(x_BSD, self.dropout, rng.derive(key_K, stream))
@@ -129,11 +123,11 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, axis: Axis) -> None:
         super().__init__()
-        self.axis, self.vocab_size = axis, config.known_vocab_size
+        self.axis, self.vocabulary = axis, Vocabulary(config.known_vocab_size, axis, config.logit_soft_cap)
         self.norm = NORMS[config.norm](config.hidden_size, config.norm_eps, axis)
         init = Init(std=config.init_std)
         tied = config.tied_embeddings
-        self.output = None if tied else VocabParallelLinear(self.vocab_size, config.hidden_size, axis, init)
+        self.output = None if tied else VocabParallelLinear(self.vocabulary, config.hidden_size, init)
 
     def forward(self, x_BSD: Tensor, tied_weight: Tensor | None, target: Target | None) -> Tensor:
         """See the class. `tied_weight`: the embedding's, where the head has none of its own."""
@@ -141,7 +135,7 @@ class Head(nn.Module):
         if self.output is not None:
             return self.output(x_BSD, target)
         assert tied_weight is not None
-        return apply_head(x_BSD, tied_weight, self.vocab_size, self.axis, target)
+        return apply_head(x_BSD, tied_weight, self.vocabulary, target)
 
 
 class Decoder(nn.Module):
@@ -183,8 +177,10 @@ class Decoder(nn.Module):
         keys = self._dropout_keys(dropout_key)
         x_BSD = self.embedding(tokens_BS, positions_S, keys[-1])
         rotary = self._rotary(positions_S, x_BSD.dtype)
+        # Where ranks share sequences all tokens are seen: sliding windows are refused there.
+        mask_ST = attention_mask(start, tokens_BS.shape[1], self.config.sliding_window, tokens_BS.device)
         for block, key_K in zip(self.blocks, keys[:-1], strict=True):
-            x_BSD = block(x_BSD, rotary, key_K, cache)
+            x_BSD = block(x_BSD, rotary, mask_ST, key_K, cache)
         if cache is not None:
             cache.advance(length)
         # Read through the embedding in every forward: ZeRO 3 gathers a parameter where it sees it being read.

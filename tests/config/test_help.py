@@ -24,7 +24,7 @@ def test_lines_show_the_default_of_the_command_the_type_and_the_comment():
     assert "schedule.name=cosine  (constant|cosine|inverse_sqrt|linear)" in lines
     assert "trainer.stop_after=null  (int or null)  # stop and save at this step" in "\n".join(lines)
     assert "data.train=???  (list of path, or {path, weight, name})" in lines
-    assert any(line.startswith("model.rotary_scaling=null  ({factor, low_frequency_factor, ") for line in lines)
+    assert any(line.startswith("model.rotary_scaling=null  ({method, factor, ") for line in lines)
     assert "input=???  (list of text)" in "\n".join(describe_keys(schema.DataBuildConfig, "data_build"))
 
 

@@ -53,6 +53,7 @@ def case(key, bad, good, *words, **context):
     )
 
 
+RING = {"parallel__context": 2, "parallel__context_method": "ring"}
 RULES = [
     # the model
     *(case(f"model.{key}", 0, 2, "at least 1") for key in ("num_layers", "num_attention_heads", "num_key_value_heads")),
@@ -73,9 +74,14 @@ RULES = [
     case("model.rotary_base", 0.0, 1e6, "above 0"),
     case("model.rotary_scaling", schema.RotaryScalingConfig(), None, "no effect with model.positions=learned", "null",
          found="learned"),
-    case("model.rotary_scaling.factor", 0.0, 2.0, "above 0", **ROTARY),
+    case("model.rotary_scaling.factor", 0.5, 2.0, "at least 1", **ROTARY),
     case("model.rotary_scaling.low_frequency_factor", 4.0, 3.9, "high_frequency_factor=4.0", **ROTARY),
     case("model.rotary_scaling.original_max_sequence_length", 0, 1, "at least 1", **ROTARY),
+    case("model.rotary_scaling.beta_slow", 32.0, 31.0, "model.rotary_scaling.beta_fast=32.0", **ROTARY),
+    case("model.rotary_scaling.method", "ntk", "linear", "heads of 4 at least, not 2", **ROTARY, model__head_size=2),
+    case("model.sliding_window", 0, 1, "at least 1"),
+    case("model.attention_soft_cap", 0.0, 50.0, "above 0"),
+    case("model.logit_soft_cap", -1.0, 30.0, "above 0"),
     # the trainer
     *(case(f"trainer.{key}", 0, 1, "at least 1") for key in ("steps", "log_every", "max_skipped_steps")),
     case("trainer.micro_batch_size", 0, 8, "at least 1"),
@@ -99,6 +105,18 @@ RULES = [
     case("parallel.tensor", 3, 1, "padded vocabulary of 128 rows", world=3, model__vocab_size=100,
          model__num_attention_heads=6, model__hidden_size=192, model__ffn_hidden_size=768, trainer__micro_batch_size=1,
          trainer__global_batch_size=3),
+    case("parallel.context", 0, 1, "at least 1"),
+    case("parallel.context", 3, 2, "which is 4", "allowed: 1, 2, 4", world=4, trainer__micro_batch_size=4),
+    case("parallel.context_method", "ulysses", "ring", "the 2 key and value heads", "allowed: ring", "1, 2", world=4,
+         parallel__context=4, model__num_key_value_heads=2, trainer__micro_batch_size=4),
+    case("model.dropout", 0.1, 0.0, "ring attention", "parallel.context_method=ulysses", world=2, **RING),
+    case("model.attention_soft_cap", 9.0, None, "ring attention", world=2, **RING),
+    case("engine.compile", True, False, "ring attention", world=2, found="true", **RING),
+    case("model.sliding_window", 9, None, "parallel.context=2", world=2, **RING),
+    case("data.sequence_length", 62, 64, "multiple of 4 = 4 runs (ring, parallel.context=2) x 1 tensor ranks",
+         "nearest: 60 or 64", world=2, **RING),
+    case("data.sequence_length", 60, 64, "multiple of 8 = 4 runs", "x 2 tensor ranks", world=4, **RING,
+         parallel__tensor=2),
     # the engine
     case("engine.precision", "bf16", "fp32", "engine.zero_stage=0", "engine.precision=fp32", engine__zero_stage=0),
     case("engine.precision", "fp16", "fp32", "engine.zero_stage=1", engine__zero_stage=0),

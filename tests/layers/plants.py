@@ -43,7 +43,7 @@ PLANTS: list[Callable[[], None]] = [
 def replicated_forgets_sum() -> None:
     """Norm weights and biases used on parts of the sequence keep each rank's own gradient."""
     for room in (norm, linear):
-        room.replicated = lambda axis, *parameters: parameters
+        room.replicated = lambda axis, *parameters, partial: parameters
 
 
 def reduce_scatter_forgets_sum() -> None:

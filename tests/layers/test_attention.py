@@ -22,9 +22,8 @@ CONFIGS = {
 }
 
 
-def make(config, axis, dropout=0.0):
-    heads = (config.num_attention_heads, config.num_kv_heads, config.head_dim)
-    return Attention(config.hidden_size, *heads, config.bias, dropout, axis, Init(), Init())
+def make(config, axis):
+    return Attention(config, axis, Init(), Init())
 
 
 def rotary(config, length):

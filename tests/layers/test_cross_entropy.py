@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from megalite import comm
 from megalite.layers import cross_entropy
-from megalite.layers.cross_entropy import LossTerms, Target, linear_cross_entropy, token_losses
+from megalite.layers.cross_entropy import LossTerms, Target, Vocabulary, linear_cross_entropy, token_losses
 from megalite.layers.shard import Init
 from megalite.layers.vocab import VocabParallelLinear
 from megalite.mesh import Axis
@@ -16,6 +16,7 @@ from tests.layers.plants import cross_entropy_forgets_sum
 SINGLE = Axis("tensor", 1, 0, None)
 BARE = LossTerms()
 VOCAB, SHAPE = 300, (2, 8)  # padded to 384: on 4 ranks the last holds 12 real rows and 84 of padding
+VOCABULARY = Vocabulary(VOCAB, SINGLE)
 TERMS = LossTerms(label_smoothing=0.1, z_loss=0.01)
 WEIGHTS = torch.rand(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
@@ -28,9 +29,10 @@ def labels_of(vocab, ignored=False):
     return labels
 
 
-def plain(weights, x, labels, terms):
+def plain(weights, x, labels, terms, soft_cap):
     """The weighted sum, from torch's own label smoothing and the z-loss written out."""
     logits = x @ weights["weight"].t()
+    logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
     losses = F.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=-100, label_smoothing=terms.label_smoothing
     )
@@ -38,7 +40,7 @@ def plain(weights, x, labels, terms):
     return (losses * WEIGHTS).sum()
 
 
-def check(tensor, vocab=VOCAB, terms=BARE, sequence=False, chunk=None, **options):
+def check(tensor, vocab=VOCAB, terms=BARE, soft_cap=None, sequence=False, chunk=None, **options):
     """`chunk`: logits at a time on a rank."""
     labels = labels_of(vocab, ignored=True)
 
@@ -49,9 +51,9 @@ def check(tensor, vocab=VOCAB, terms=BARE, sequence=False, chunk=None, **options
 
     check_layer(
         tensor,
-        lambda axis: VocabParallelLinear(vocab, 6, axis, Init()),
+        lambda axis: VocabParallelLinear(Vocabulary(vocab, axis, soft_cap), 6, Init()),
         loss,
-        lambda weights, x: plain(weights, x, labels, terms),
+        lambda weights, x: plain(weights, x, labels, terms, soft_cap),
         random_tensors(1, x=(*SHAPE, 6))["x"],
         sequence=sequence,
         **options,
@@ -62,6 +64,11 @@ def check(tensor, vocab=VOCAB, terms=BARE, sequence=False, chunk=None, **options
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_loss_and_gradients(tensor, terms):
     check(tensor, terms=terms)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_capped_logits(tensor):
+    check(tensor, terms=TERMS, soft_cap=2.0)
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
@@ -98,7 +105,7 @@ def head(dtype, std=1.0):
 def test_the_losses_of_tokens_are_bare_and_carry_no_gradient():
     x_BSD, weight = head(torch.float64)
     labels = labels_of(VOCAB, ignored=True)
-    found = token_losses(x_BSD, weight, labels, VOCAB, SINGLE)
+    found = token_losses(x_BSD, weight, labels, VOCABULARY)
     assert not found.requires_grad
     wanted = F.cross_entropy((x_BSD @ weight[:VOCAB].t()).transpose(1, 2), labels, reduction="none")
     torch.testing.assert_close(found, wanted.detach(), atol=1e-12, rtol=0)
@@ -109,7 +116,7 @@ def test_half_precision_is_summed_in_fp32(dtype):
     """Against fp32 on the same rounded logits: only the gradients' products round."""
     x_BSD, weight = head(dtype, std=0.3)
     labels, weights = labels_of(VOCAB), WEIGHTS.float()
-    loss = linear_cross_entropy(x_BSD, weight, Target(labels, weights), VOCAB, SINGLE)
+    loss = linear_cross_entropy(x_BSD, weight, Target(labels, weights), VOCABULARY)
     assert loss.dtype == torch.float32
     loss.backward(torch.tensor(3.0))
     x, w = x_BSD.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
@@ -128,8 +135,8 @@ def test_half_precision_is_summed_in_fp32(dtype):
 def test_large_logits_do_not_overflow():
     x_BSD, weight = torch.ones(1, 1, 1), torch.zeros(128, 1)
     weight[5] = 1e4
-    assert token_losses(x_BSD, weight, torch.tensor([[5]]), 100, SINGLE).item() == 0.0
-    assert token_losses(x_BSD, weight, torch.tensor([[6]]), 100, SINGLE).item() == 1e4
+    assert token_losses(x_BSD, weight, torch.tensor([[5]]), Vocabulary(100, SINGLE)).item() == 0.0
+    assert token_losses(x_BSD, weight, torch.tensor([[6]]), Vocabulary(100, SINGLE)).item() == 1e4
 
 
 def test_the_logits_never_exist_at_once(monkeypatch):
@@ -139,5 +146,5 @@ def test_the_logits_never_exist_at_once(monkeypatch):
     honest = F.linear
     monkeypatch.setattr(F, "linear", lambda *args: sizes.append(honest(*args).numel()) or honest(*args))
     x_BSD, weight = head(torch.float32)
-    linear_cross_entropy(x_BSD, weight, Target(labels_of(VOCAB), WEIGHTS.float()), VOCAB, SINGLE).backward()
+    linear_cross_entropy(x_BSD, weight, Target(labels_of(VOCAB), WEIGHTS.float()), VOCABULARY).backward()
     assert sizes == [4 * 384] * 4

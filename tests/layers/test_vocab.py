@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megalite import comm
+from megalite.layers.cross_entropy import Vocabulary
 from megalite.layers.shard import Init
 from megalite.layers.vocab import VocabParallelEmbedding, VocabParallelLinear
 from tests.layers.parallel import check_layer, random_tensors
@@ -44,7 +45,7 @@ def test_embedding_to_parts_of_the_sequence(tensor):
 def test_logits(tensor):
     check_layer(
         tensor,
-        lambda axis: VocabParallelLinear(VOCAB, 6, axis, Init()),
+        lambda axis: VocabParallelLinear(Vocabulary(VOCAB, axis), 6, Init()),
         lambda layer, axis, x: comm.gather(layer(x, None), axis, dim=-1)[..., :VOCAB],
         lambda weights, x: x @ weights["weight"].t(),
         random_tensors(1, x=(2, 7, 6))["x"],

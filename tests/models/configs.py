@@ -1,5 +1,7 @@
 """Small models of both families, divisible by four tensor ranks."""
 
+import dataclasses
+
 from megalite.config.schema import ModelConfig, RotaryScalingConfig
 
 GPT = ModelConfig(
@@ -41,4 +43,8 @@ MIXED = ModelConfig(
     bias=True,
     tied_embeddings=True,
 )
-CONFIGS = {"gpt": GPT, "llama": LLAMA, "mixed": MIXED}
+YARN = RotaryScalingConfig(method="yarn", original_max_sequence_length=8)
+QWEN = dataclasses.replace(LLAMA, qk_norm=True, qkv_bias=True, rotary_scaling=YARN)
+GEMMA = dataclasses.replace(LLAMA, attention_soft_cap=0.5, logit_soft_cap=0.3, sliding_window=4, tied_embeddings=True)
+NEOX = dataclasses.replace(GPT, parallel_residual=True, positions="none", sliding_window=1)
+CONFIGS = {"gpt": GPT, "llama": LLAMA, "mixed": MIXED, "qwen": QWEN, "gemma": GEMMA, "neox": NEOX}

@@ -26,13 +26,15 @@ def plain_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor
         x = x + plain_sinusoids(length, config.hidden_size, x.dtype)
     for layer in range(config.num_layers):
         prefix = f"blocks.{layer}."
+        block_input = x
         x = x + plain_attention(
             weights, prefix + "attention.", config, _norm(weights, prefix + "attention_norm", config, x)
         )
-        x = x + plain_mlp(weights, prefix + "mlp.", config, _norm(weights, prefix + "mlp_norm", config, x))
+        mlp_input = block_input if config.parallel_residual else x
+        x = x + plain_mlp(weights, prefix + "mlp.", config, _norm(weights, prefix + "mlp_norm", config, mlp_input))
     x = _norm(weights, "head.norm", config, x)
     head = "embedding.tokens.weight" if config.tied_embeddings else "head.output.weight"
-    return x @ weights[head].t()
+    return _capped(x @ weights[head].t(), config.logit_soft_cap)
 
 
 def plain_attention(weights: dict[str, Tensor], prefix: str, config: ModelConfig, x: Tensor) -> Tensor:
@@ -42,13 +44,17 @@ def plain_attention(weights: dict[str, Tensor], prefix: str, config: ModelConfig
     q = qkv[..., : heads * size].reshape(batch, length, heads, size)
     k = qkv[..., heads * size : (heads + kv_heads) * size].reshape(batch, length, kv_heads, size)
     v = qkv[..., (heads + kv_heads) * size :].reshape(batch, length, kv_heads, size)
+    if config.qk_norm:
+        q, k = (_rms(t, weights[f"{prefix}{name}.weight_offset"], config) for t, name in ((q, "q_norm"), (k, "k_norm")))
     if config.positions == "rotary":
         q, k = plain_rotary(q, config), plain_rotary(k, config)
     outputs = []
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    if config.sliding_window is not None:
+        hidden |= torch.ones(length, length, dtype=torch.bool).tril(-config.sliding_window)
     for head in range(heads):
         shared = head // (heads // kv_heads)
-        scores = q[:, :, head] @ k[:, :, shared].transpose(1, 2) / math.sqrt(size)
+        scores = _capped(q[:, :, head] @ k[:, :, shared].transpose(1, 2) / math.sqrt(size), config.attention_soft_cap)
         outputs.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, :, shared])
     return _linear(weights, prefix + "output", torch.cat(outputs, dim=-1))
 
@@ -72,10 +78,16 @@ def plain_rotary(x: Tensor, config: ModelConfig) -> Tensor:
     """Complex numbers (x_i, x_{i + K/2}) turned by position * frequency_i."""
     half = config.head_dim // 2
     frequencies = [config.rotary_base ** (-2 * i / config.head_dim) for i in range(half)]
-    if config.rotary_scaling is not None:
+    scale = 1.0
+    if config.rotary_scaling is not None and config.rotary_scaling.method == "llama3":
         frequencies = [_scaled(frequency, config.rotary_scaling) for frequency in frequencies]
+    if config.rotary_scaling is not None and config.rotary_scaling.method == "yarn":
+        frequencies = [_yarn(i, frequency, config) for i, frequency in enumerate(frequencies)]
+        scale = 0.1 * math.log(config.rotary_scaling.factor) + 1
     angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * torch.tensor(frequencies, dtype=torch.float64)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None, :]
+    turned = (
+        torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.full_like(angles, scale), angles)[:, None, :]
+    )
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
 
@@ -94,6 +106,20 @@ def _scaled(frequency: float, scaling) -> float:
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
+def _yarn(i: int, frequency: float, config: ModelConfig) -> float:
+    """YaRN's rule by dimension, with the bounds rounded outwards as its reference code does."""
+    scaling, size = config.rotary_scaling, config.head_dim
+
+    def dimension(turns: float) -> float:
+        log_turns = math.log(scaling.original_max_sequence_length / (turns * 2 * math.pi))
+        return size * log_turns / (2 * math.log(config.rotary_base))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), size - 1)
+    ramp = min(max((i - low) / (high - low if high > low else 0.001), 0), 1)
+    return frequency / scaling.factor * ramp + frequency * (1 - ramp)
+
+
 def plain_sinusoids(length: int, width: int, dtype: torch.dtype) -> Tensor:
     table = torch.empty(length, width, dtype=torch.float64)
     for position in range(length):
@@ -105,10 +131,18 @@ def plain_sinusoids(length: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def _norm(weights: dict[str, Tensor], name: str, config: ModelConfig, x: Tensor) -> Tensor:
     if config.norm == "rmsnorm":
-        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * (1 + weights[f"{name}.weight_offset"])
+        return _rms(x, weights[f"{name}.weight_offset"], config)
     centred = x - x.mean(-1, keepdim=True)
     scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
     return scaled * (1 + weights[f"{name}.weight_offset"]) + weights[f"{name}.bias"]
+
+
+def _rms(x: Tensor, offset: Tensor, config: ModelConfig) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * (1 + offset)
+
+
+def _capped(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def _linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite import rng
-from megalite.config.schema import ParallelConfig
+from megalite.config.schema import ParallelConfig, RotaryScalingConfig
 from megalite.errors import ConfigError
 from megalite.layers.cross_entropy import Target
 from megalite.mesh import build_mesh, single_mesh
@@ -22,7 +22,10 @@ from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 WEIGHTS = torch.rand((2, 9), dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-CASES = [(name, tensor) for name in ("gpt", "llama") for tensor in (1, 2, 4)] + [("mixed", 2)]
+CASES = [
+    *((name, tensor) for name in ("gpt", "llama") for tensor in (1, 2, 4)),
+    *((name, 2) for name in ("mixed", "qwen", "gemma", "neox")),
+]
 
 
 def tokens(config, length=9, seed=3):
@@ -53,7 +56,7 @@ def test_losses_and_gradients_on_parts_of_the_sequence(name, tensor):
     check_losses(CONFIGS[name], tensor, sequence=True)
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "gemma"])
 def test_logits_and_gradients(name):
     config = CONFIGS[name]
     check_layer(
@@ -191,9 +194,36 @@ def generate(config, tensor):
     return (torch.cat(cached, dim=1) - whole).abs().max().item()
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "mixed"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "mixed", "qwen", "gemma", "neox"])
 def test_cached_decoding_equals_reading_everything_again(name):
     assert max(run_ranks(2, generate, CONFIGS[name], 2)) < 1e-10
+
+
+SWITCHES = {
+    "qk_norm": True, "qkv_bias": True, "parallel_residual": True, "sliding_window": 3, "attention_soft_cap": 0.1,
+    "logit_soft_cap": 0.1, "positions": "none", "bias": True, "tied_embeddings": True,
+    **{f"rotary_scaling {method}": RotaryScalingConfig(method=method, factor=factor, original_max_sequence_length=4)
+       for method, factor in (("linear", 2.0), ("ntk", 3.0), ("yarn", 5.0), ("llama3", 7.0))},
+}  # fmt: skip
+
+
+def test_every_switch_changes_the_logits():
+    def logits(**changes):
+        mesh = single_mesh(CPU)
+        config = dataclasses.replace(LLAMA, **{"rotary_scaling": None, "init_std": 0.3} | changes)
+        model = build_model(config, mesh).eval()
+        materialize(model, mesh, seed=1, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in model.parameters():  # no norm weight or bias stays zero
+                parameter += 0.1 * torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
+            return model(tokens(LLAMA))
+
+    plain = logits()
+    seen = [plain]
+    for name, value in SWITCHES.items():
+        found = logits(**{name.split(" ")[0]: value})
+        assert all((found - other).abs().max() > 1e-6 for other in seen), name
+        seen.append(found)
 
 
 def test_a_sequence_longer_than_the_positions_is_refused():
