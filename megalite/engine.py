@@ -55,6 +55,7 @@ class Engine:
         self.config = config
         self.mesh = mesh
         self.precision = config.engine.precision
+        assert self.precision != "auto", "a configuration is resolved (config.validate.resolve_auto) before it is used"
         self.ds_config = build_ds_config(config, mesh, self.precision)
         self.deepspeed = _import_deepspeed(mesh.device.type)
         # zero.Init reads it, whoever started the process.

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megalite.engine import Engine, build_ds_config
 from megalite.errors import ConfigError
 from megalite.mesh import build_mesh, single_mesh
 from megalite.objectives import CausalLM
+from tests.models.plain import plain_logits
+from tests.plain_training import initial_weights
 from tests.ranks import run_ranks
 from tests.runs import tiny_config
 
@@ -52,6 +55,23 @@ def test_offload_and_recomputation_change_no_loss(tensor, zero_stage, changes):
     plain = run_ranks(2, losses_of, config_of(tensor, zero_stage))[0]
     assert run_ranks(2, losses_of, config_of(tensor, zero_stage, **changes))[0] == pytest.approx(plain, abs=1e-6)
     assert plain[-1] != plain[0]
+
+
+@pytest.mark.parametrize("terms", [{"label_smoothing": 0.2}, {"z_loss": 0.05}])
+def test_terms_of_the_objective_are_in_the_training_loss(terms):
+    config = tiny_config(
+        "unused",
+        model=MODEL,
+        engine={"precision": "fp32"},
+        data={"train": "unused", "sequence_length": LENGTH},
+        objective=terms,
+    )
+    ids = torch.randint(300, (8, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    logits = plain_logits(initial_weights(config), config.model, ids[:, :-1])
+    smoothing = terms.get("label_smoothing", 0.0)
+    wanted = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], label_smoothing=smoothing)
+    wanted = wanted + terms.get("z_loss", 0.0) * logits.logsumexp(-1).square().mean()
+    assert run_ranks(2, losses_of, config)[0][0] == pytest.approx(wanted.item(), abs=1e-5)
 
 
 def test_offload_asks_deepspeed_for_the_cpu():

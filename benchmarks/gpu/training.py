@@ -38,7 +38,7 @@ from megalite.config.schema import (
     TrainConfig,
     TrainerConfig,
 )
-from megalite.config.validate import validate_train
+from megalite.config.validate import resolve_auto, validate_train
 from megalite.data.format import TokenStore
 from megalite.data.loader import BlendedDataset, Loader
 from megalite.data.writer import StoreWriter
@@ -121,6 +121,7 @@ def cell_config(cell: TrainingCell, device_type: str) -> TrainConfig:
         launch=LaunchConfig(),
         logging=LoggingConfig(),
     )
+    config = resolve_auto(config, device_type)
     validate_train(config, 1, device_type)
     return config
 

@@ -57,7 +57,16 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
     `device_type` is what the ranks will run on, `cpu` or `cuda`.
     """
     config = resolve_auto(config, device_type)
-    rules = (_model_rules, _trainer_rules, _parallel_rules, _engine_rules, _optimizer_rules, _data_rules, _run_rules)
+    rules = (
+        _model_rules,
+        _trainer_rules,
+        _parallel_rules,
+        _engine_rules,
+        _objective_rules,
+        _optimizer_rules,
+        _data_rules,
+        _run_rules,
+    )
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -311,6 +320,14 @@ def _optimizer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         yield f"schedule.min_lr_ratio: found {schedule.min_lr_ratio}, must lie between 0 and 1"
     if schedule.name == "inverse_sqrt" and schedule.warmup_steps < 1:
         yield "schedule.warmup_steps: found 0, inverse_sqrt decays from the end of its warm-up and needs at least 1"
+
+
+def _objective_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
+    objective = config.objective
+    if not 0 <= objective.label_smoothing < 1:
+        yield f"objective.label_smoothing: found {objective.label_smoothing}, must be at least 0 and below 1"
+    if not 0 <= objective.z_loss < math.inf:
+        yield f"objective.z_loss: found {objective.z_loss}, must be 0 (off) or more"
 
 
 def same_source_rules(key: str, stores: Sequence[StoreConfig]) -> Iterator[str]:

@@ -117,6 +117,9 @@ RULES = [
          "nearest: 60 or 64", world=2, **RING),
     case("data.sequence_length", 60, 64, "multiple of 8 = 4 runs", "x 2 tensor ranks", world=4, **RING,
          parallel__tensor=2),
+    # the objective
+    case("objective.label_smoothing", 1.0, 0.1, "at least 0 and below 1"),
+    case("objective.z_loss", -1e-4, 1e-4, "0 (off) or more"),
     # the engine
     case("engine.precision", "bf16", "fp32", "engine.zero_stage=0", "engine.precision=fp32", engine__zero_stage=0),
     case("engine.precision", "fp16", "fp32", "engine.zero_stage=1", engine__zero_stage=0),

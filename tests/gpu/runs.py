@@ -17,7 +17,7 @@ def small_config(run_dir: Path | str = "unused", store: Path | str = "unused", *
         "model": {"vocab_size": VOCAB, "max_sequence_length": LENGTH, "num_layers": 2, "hidden_size": 128},
         "trainer": {"steps": 20, "global_batch_size": BATCH, "micro_batch_size": BATCH // 2, "log_every": 1},
         "parallel": {},
-        "engine": {},
+        "engine": {"precision": "bf16"},
         "objective": {},
         "optimizer": {"lr": 1e-3},
         "schedule": {"name": "constant"},
