@@ -68,6 +68,19 @@ COMMANDS = {
         'megalite generate run_dir=outputs/quickstart prompt="ROMEO:" temperature=0.8',
         ("GenerateConfig", "generate"),
     ),
+    "import": Command(
+        "commands:import_weights",
+        "weights of Hugging Face into a run directory at step 0",
+        "megalite import hf=models/llama output=outputs/llama",
+        ("ImportConfig", "import"),
+        notes="To train on from there: megalite train run_dir=outputs/llama model=... data.train=...",
+    ),
+    "export": Command(
+        "commands:export_weights",
+        "a checkpoint as a folder that transformers loads",
+        "megalite export run_dir=outputs/quickstart output=models/quickstart",
+        ("ExportConfig", "export"),
+    ),
     "report": Command(
         "report:report",
         "draw a run's curves into report.html",

@@ -4,12 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from megalite.config.compose import compose_config, compose_train, config_yaml, read_config
+from megalite.checkpoint_format import choose_checkpoint
+from megalite.config.compose import compose_config, compose_train, config_values, config_yaml, flatten, read_config
 from megalite.config.place import Place, count_gpus
-from megalite.config.schema import EvaluateConfig, GenerateConfig
+from megalite.config.schema import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig, ModelConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import validate_evaluate, validate_generate
-from megalite.errors import EXIT_OK
+from megalite.errors import EXIT_OK, CheckpointError, ConfigError
 from megalite.log import setup_logging
 from megalite.preflight import preflight
 
@@ -69,4 +70,36 @@ def generate(arguments: list[str]) -> int:
             print("-" * 40)
         print(text)
         sys.stdout.flush()
+    return EXIT_OK
+
+
+def import_weights(arguments: list[str]) -> int:
+    """Write a run directory at step 0 from weights of Hugging Face."""
+    setup_logging()
+    config = compose_config("import", ImportConfig, arguments)
+    from megalite.convert.importing import import_model
+
+    imported = import_model(Path(config.hf), Path(config.output))
+    defaults = flatten(config_values(ModelConfig()))
+    keys = {key: value for key, value in flatten(config_values(imported.model)).items() if value != defaults.get(key)}
+    print(f"{config.output}: a run at step 0. Its model, for training:")
+    print(" ".join(f"model.{key}={'null' if value is None else value}" for key, value in keys.items()))
+    return EXIT_OK
+
+
+def export_weights(arguments: list[str]) -> int:
+    """Write a checkpoint as a folder of Hugging Face."""
+    setup_logging()
+    config = compose_config("export", ExportConfig, arguments)
+    if (config.run_dir is None) == (config.checkpoint is None):
+        raise ConfigError("give one of run_dir=DIR (its newest checkpoint is taken) and checkpoint=PATH")
+    run_dir = Path(config.run_dir) if config.run_dir else Path(str(config.checkpoint)).parent.parent
+    folder = choose_checkpoint(config.checkpoint or "auto", run_dir)
+    if folder is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
+    from megalite.convert.exporting import export_model
+
+    tokenizer = run_dir / "tokenizer"
+    family = export_model(folder, Path(config.output), config.precision, tokenizer if tokenizer.is_dir() else None)
+    print(f"{config.output}: {family.architecture} of {folder}")
     return EXIT_OK

@@ -114,6 +114,8 @@ def check_resume(config: TrainConfig, manifest: Manifest) -> list[str]:
     with other content. A store that only moved or has another name is the same.
     """
     values = config_values(config)
+    if not manifest.stores:  # imported weights, of no training: any training may begin with them
+        return check_changes({"model": manifest.config["model"]}, {"model": values["model"]}, ())
     digests = [TokenStore.open(store.path).digest for store in config.data.train]
     before = copy.deepcopy(manifest.config)
     same_weights = [store["weight"] for store in before["data"]["train"]] == [s.weight for s in config.data.train]

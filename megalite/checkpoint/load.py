@@ -39,8 +39,9 @@ def load_checkpoint(engine: Engine, folder: Path) -> Counters:
         log.info("continuing from %s with %s", folder.name, note)
     reader = TensorReader(folder, manifest)
     create_moments(engine, manifest.optimizer_step)
+    kinds = {entry.kind for entry in manifest.files}  # imported weights come without moments: they begin at zero
     for name, parameter in engine.parameters():
-        for kind in KINDS:
+        for kind in [kind for kind in KINDS if kind in kinds or manifest.stores]:
             full = reader.read(kind, name, parameter.shard.shape)  # type: ignore[attr-defined]
             local = parameter.shard.slice(full, engine.mesh.tensor.rank, engine.mesh.tensor.size)  # type: ignore[attr-defined]
             set_tensor(engine, parameter, kind, local)

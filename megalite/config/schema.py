@@ -337,3 +337,22 @@ class DoctorConfig:
     run_dir: str = "."  # the disk that holds it is looked at; it need not exist
     port: int = 29500  # the port that torchrun and deepspeed meet on
     min_free_gib: float = 10.0  # less free disk space than this is a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """`megalite import`."""
+
+    hf: str  # a folder of Hugging Face: config.json, safetensors, tokenizer
+    output: str  # the run directory to make, at step 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`megalite export`."""
+
+    output: str  # the folder to make
+    run_dir: str | None = None  # a run, whose newest checkpoint is taken
+    checkpoint: str | None = None  # or this one
+    format: Literal["hf"] = "hf"
+    precision: Literal["fp32", "bf16", "fp16"] | None = None  # null: that of the training

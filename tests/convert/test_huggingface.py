@@ -1,75 +1,58 @@
-"""Models of transformers with random weights, copied in: the same logits."""
+"""Models of transformers in and out: the same logits, the same bits, the same text; what does not fit is refused."""
+
+import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from megalite.config.schema import ModelConfig, ParallelConfig, RotaryScalingConfig
-from megalite.convert.huggingface import from_huggingface, load_logical
-from megalite.errors import CheckpointError
-from megalite.mesh import build_mesh, single_mesh
+from megalite.checkpoint import load_model
+from megalite.config.schema import EvaluateConfig, GenerateConfig, ModelConfig, ParallelConfig
+from megalite.convert.exporting import export_model
+from megalite.convert.families import FAMILIES, family_for, read_model
+from megalite.convert.importing import import_model
+from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.evaluate import evaluate
+from megalite.generate import sample_tokens
+from megalite.launch.cli import main
+from megalite.mesh import build_mesh
 from megalite.models import build_model, materialize
+from megalite.runs import load_run
+from tests.data_tools.corpora import make_tokenizer
+from tests.models.configs import GEMMA, MIXED
 from tests.ranks import run_ranks
+from tests.runs import tiny_config, train_on_ranks, write_store
 
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
 
-GPT2 = ModelConfig(
-    vocab_size=301,
-    max_sequence_length=64,
-    num_layers=3,
-    hidden_size=48,
-    num_attention_heads=4,
-    activation="gelu_tanh",
-)
-LLAMA = ModelConfig(
-    vocab_size=301,
-    max_sequence_length=64,
-    num_layers=3,
-    hidden_size=48,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    ffn_hidden_size=80,
-    norm="rmsnorm",
-    norm_eps=1e-6,
-    activation="swiglu",
-    positions="rotary",
-    rotary_base=5000.0,
-    rotary_scaling=RotaryScalingConfig(factor=4.0, original_max_sequence_length=16),
-    bias=False,
-    tied_embeddings=False,
-)
+GPT2 = {"vocab_size": 301, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4}
+LLAMA = {
+    "vocab_size": 301, "max_position_embeddings": 64, "num_hidden_layers": 3, "hidden_size": 48,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+ROPE = {"rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2_free": ("GPT2", GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu"}),
+    "llama": ("Llama", LLAMA | {"rope_parameters": LLAMA3}),
+    "llama_tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": 7, "head_dim": 16}),
+    "qwen2": ("Qwen2", LLAMA | {"rope_parameters": ROPE | {"rope_type": "yarn"}}),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 16, "tie_word_embeddings": True}),
+}
 
 
-def gpt2():
-    config = transformers.GPT2Config(vocab_size=301, n_positions=64, n_embd=48, n_layer=3, n_head=4)
-    return _randomised(transformers.GPT2LMHeadModel(config))
-
-
-def llama(tied=False):
-    config = transformers.LlamaConfig(
-        vocab_size=301,
-        max_position_embeddings=64,
-        num_hidden_layers=3,
-        hidden_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=80,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 5000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
-    )
-    return _randomised(transformers.LlamaForCausalLM(config))
-
-
-def _randomised(model):
-    """Norms and biases too: ones and zeros would hide a mix-up."""
+def theirs(name):
+    """A model with random weights, norms and biases too: ones and zeros would hide a mix-up."""
+    family, keys = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**keys)
+    config._attn_implementation = "eager"  # sliding windows included
+    model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,89 +60,203 @@ def _randomised(model):
     return model.eval()
 
 
+@pytest.fixture(params=MODELS)
+def saved(request, tmp_path):
+    """A model of transformers and the folder it was saved to."""
+    model = theirs(request.param)
+    model.save_pretrained(tmp_path / "theirs")
+    return model, tmp_path / "theirs"
+
+
 def tokens():
     return torch.randint(301, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-def our_logits(config, state_dict, tensor):
+def our_logits(run_dir, config, tensor):
     mesh = build_mesh(ParallelConfig(tensor=tensor), CPU)
-    model = build_model(config, mesh).eval()
+    model = build_model(config.model, mesh).eval()
     materialize(model, mesh, seed=0)
-    load_logical(model, mesh, from_huggingface(state_dict, config))
+    load_model(model, run_dir / "checkpoints/step_00000000", mesh)
     with torch.no_grad():
         return model(tokens())
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize(
-    ("config", "make"),
-    [
-        (GPT2, gpt2),
-        (LLAMA, llama),
-    ],
-    ids=["gpt2", "llama"],
-)
-def test_logits(config, make, tensor):
-    theirs = make()
+def test_logits_in_and_out(saved, tmp_path):
+    model, folder = saved
     with torch.no_grad():
-        wanted = theirs(tokens()).logits
+        wanted = model(tokens()).logits
     assert wanted.std() > 0.5  # logits of a size at which the bar means something
-    for found in run_ranks(tensor, our_logits, config, theirs.state_dict(), tensor):
-        assert (found - wanted).abs().max().item() <= 1e-4
-
-
-def test_a_swapped_projection_is_seen():
-    theirs = llama()
-    state_dict = dict(theirs.state_dict())
-    gate, up = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
-    state_dict[gate], state_dict[up] = state_dict[up], state_dict[gate]
+    config = import_model(folder, tmp_path / "run")
+    for tensor in (1, 2):
+        for found in run_ranks(tensor, our_logits, tmp_path / "run", config, tensor):
+            assert (found - wanted).abs().max().item() <= 1e-5 * max(1, wanted.abs().max().item())
+    family = export_model(tmp_path / "run/checkpoints/step_00000000", tmp_path / "out", "fp32", None)
+    assert family.architecture == type(model).__name__
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    assert type(again) is type(model)
     with torch.no_grad():
-        wanted = theirs(tokens()).logits
-    (found,) = run_ranks(1, our_logits, LLAMA, state_dict, 1)
-    assert (found - wanted).abs().max().item() > 1e-2
+        found = again(tokens()).logits
+    assert (found - wanted).abs().max().item() <= 1e-5 * max(1, wanted.abs().max().item())
 
 
-def test_a_tied_llama_has_no_head_of_its_own():
-    tied = ModelConfig(**{**vars(LLAMA), "tied_embeddings": True})
-    assert "head.output.weight" not in from_huggingface(llama(tied=True).state_dict(), tied)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_round_trip_in_half_precision_is_bit_identical(saved, tmp_path, dtype):
+    model, folder = saved
+    model.to(dtype).save_pretrained(folder)
+    import_model(folder, tmp_path / "run")
+    export_model(tmp_path / "run/checkpoints/step_00000000", tmp_path / "out", None, None)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+        assert after[name].dtype == dtype
 
 
-def test_old_files_carry_buffers():
-    state_dict = {
-        **gpt2().state_dict(),
-        "transformer.h.0.attn.bias": torch.ones(1),
-        "h.1.attn.masked_bias": torch.ones(1),
-    }
-    assert from_huggingface(state_dict, GPT2).keys() == from_huggingface(gpt2().state_dict(), GPT2).keys()
+def test_greedy_text_is_the_same(saved, tmp_path):
+    model, folder = saved
+    import_model(folder, tmp_path / "run")
+    prompt = tokens()[0, :5]
+    run = load_run(str(tmp_path / "run"), None)
+    config = GenerateConfig(run_dir="", temperature=0.0, max_new_tokens=50)
+    found = list(sample_tokens(run.model, prompt.tolist(), -1, 64, config, torch.Generator()))
+    sequence = prompt[None]
+    with torch.no_grad():
+        for token in found:
+            best = model(sequence).logits[0, -1].topk(2)
+            if best.values[0] - best.values[1] < 1e-4:
+                break
+            assert token == best.indices[0]
+            sequence = torch.cat([sequence, best.indices[:1, None]], dim=1)
+    assert len(found) == 50
+
+
+def test_shards_and_the_names_of_older_files_are_read(tmp_path):
+    model = theirs("gpt2")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="40kB")
+    assert (tmp_path / "theirs/model.safetensors.index.json").is_file()
+    import_model(tmp_path / "theirs", tmp_path / "sharded")
+    shutil.rmtree(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "theirs")
+    weights = load_file(tmp_path / "theirs/model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    save_file(old | {"h.0.attn.bias": torch.ones(1)}, tmp_path / "theirs/model.safetensors")
+    import_model(tmp_path / "theirs", tmp_path / "old")
+    paths = [tmp_path / name / "checkpoints/step_00000000/manifest.json" for name in ("sharded", "old")]
+    sharded, old = (json.loads(path.read_text())["files"] for path in paths)
+    assert sharded == old
+
+
+def test_export_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("megalite.convert.exporting.SHARD_BYTES", 40_000)
+    model = theirs("llama")
+    model.save_pretrained(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "run")
+    export_model(tmp_path / "run/checkpoints/step_00000000", tmp_path / "out", "fp32", None)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 5
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert index["metadata"]["total_size"] == 4 * sum(tensor.numel() for tensor in again.values())
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight"), r"lack model\.layers\.2\.mlp\.up_proj"),
-        (lambda weights: weights.update(extra=torch.ones(1)), "1 tensors of the weights have no place .* first extra"),
-        (lambda weights: weights.pop("model.embed_tokens.weight"), "neither a GPT-2 .* nor a Llama"),
+        (lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight"), r"1 missing \(first model\.layers\.2\."),
+        (lambda weights: weights.update(extra=torch.ones(1)), r"1 without a place \(first extra\)"),
+        (lambda weights: weights.update({"model.norm.weight": torch.ones(2)}), r"norm\.weight is \(2,\), .* \(48,\)"),
+        (lambda weights: weights.update({"lm_head.weight": torch.ones(301, 48, dtype=torch.int8)}), "known: fp32, bf"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(change, message):
-    state_dict = dict(llama().state_dict())
-    change(state_dict)
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    weights = load_file(tmp_path / "theirs/model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "theirs/model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        from_huggingface(state_dict, LLAMA)
+        import_model(tmp_path / "theirs", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
-def test_loading_checks_names_and_shapes():
-    mesh = single_mesh(CPU)
-    model = build_model(LLAMA, mesh)
-    materialize(model, mesh, seed=0)
-    tensors = from_huggingface(llama().state_dict(), LLAMA)
-    with pytest.raises(
-        CheckpointError, match=r"head\.norm\.weight_offset: the weights have shape \(2,\), the model has \(48,\)"
-    ):
-        load_logical(model, mesh, {**tensors, "head.norm.weight_offset": torch.ones(2)})
-    with pytest.raises(
-        CheckpointError, match=r"1 missing \(first head\.norm\.weight_offset\), 1 left over \(first other\)"
-    ):
-        load_logical(
-            model, mesh, {("other" if name == "head.norm.weight_offset" else name): t for name, t in tensors.items()}
-        )
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba'; known: gpt2, llama"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type is 'longrope'"),
+        ({"mlp_bias": True}, "attention_bias and mlp_bias differ"),
+        ({"num_hidden_layers": None}, r"model\.num_layers"),
+    ],
+)
+def test_architectures_that_are_not_ours_are_refused(tmp_path, keys, message):
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    with pytest.raises(ConfigError, match=message):
+        import_model(tmp_path / "theirs", tmp_path / "run")
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        import_model(tmp_path, tmp_path / "run")
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs/model.safetensors").rename(tmp_path / "theirs/pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickle files .* are not read"):
+        import_model(tmp_path / "theirs", tmp_path / "run")
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match="run exists already"):
+        import_model(tmp_path / "theirs", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("model", "key"), [(GEMMA, "soft_cap"), (MIXED, "activation")])
+def test_a_model_that_transformers_does_not_have_is_refused(model, key):
+    with pytest.raises(ConfigError, match=rf"no model of transformers .* nearest, \w+, differs in .*{key}"):
+        family_for(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_every_family_describes_itself(family):
+    base = ModelConfig(vocab_size=100, activation="gelu_tanh")
+    llama = dataclasses.replace(base, norm="rmsnorm", activation="swiglu", positions="rotary", bias=False)
+    own = {
+        "gpt2": base,
+        "llama": llama,
+        "mistral": dataclasses.replace(llama, sliding_window=8),
+        "qwen2": dataclasses.replace(llama, qkv_bias=True),
+        "qwen3": dataclasses.replace(llama, qk_norm=True),
+    }[family.model_type]
+    assert family_for(own) == family
+    assert read_model({"model_type": family.model_type, **family.write(own)}).hidden_size == own.hidden_size
+
+
+def test_a_run_trains_on_from_imported_weights_and_is_exported_with_its_tokenizer(tmp_path, capsys):
+    """The commands: import, train on, evaluate, export, read by transformers."""
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    assert main(["import", f"hf={tmp_path}/theirs", f"output={run_dir}"]) == 0
+    assert "model.num_key_value_heads=2" in capsys.readouterr().out
+    store = write_store(tmp_path / "words")
+    data = {"train": str(store), "validation": [str(store)], "sequence_length": 32}
+    manifest = json.loads((run_dir / "checkpoints/step_00000000/manifest.json").read_text())
+    config = tiny_config(run_dir, store, model=manifest["config"]["model"], data=data, trainer={"steps": 4})
+    rows = train_on_ranks(config, 2)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    evaluated = evaluate(EvaluateConfig(run_dir=str(run_dir)))
+    assert evaluated["eval/words/loss"] == pytest.approx(rows[-1]["eval/words/loss"], rel=1e-5)
+    shutil.copytree(make_tokenizer(tmp_path), run_dir / "tokenizer")
+    assert main(["export", f"run_dir={run_dir}", f"output={out}"]) == 0
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == wanted
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    run = load_run(str(run_dir), None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, run.model(tokens()), atol=1e-4, rtol=0)
+
+
+def test_which_checkpoint_is_exported(tmp_path, capsys):
+    assert main(["export", f"output={tmp_path}/out"]) == ConfigError.exit_code
+    assert "give one of run_dir=DIR" in capsys.readouterr().err
+    assert main(["export", f"run_dir={tmp_path}", f"output={tmp_path}/out"]) == CheckpointError.exit_code
+    assert "holds no checkpoint yet" in capsys.readouterr().err
