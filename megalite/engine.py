@@ -27,7 +27,7 @@ from megalite.models import (
     iter_parameter_slots,
     named_logical_parameters,
 )
-from megalite.objectives import Batch
+from megalite.objectives import Batch, documents_of
 from megalite.optim import build_optimizer, clip_grad_norm
 from megalite.rng import micro_batch_key, seed_attention_stream
 
@@ -154,7 +154,7 @@ class Engine:
         """
         self.ds.eval()
         batch = self._own_part(batch.to(self.mesh.device))
-        return torch.where(batch.mask_BS, self.ds(batch.tokens_BS, Target(batch.labels_BS)), 0.0)
+        return torch.where(batch.mask_BS, self._forward(batch, Target(batch.labels_BS)), 0.0)
 
     def _own_part(self, batch: Batch) -> Batch:
         if self.mesh.context.size == 1:
@@ -165,7 +165,11 @@ class Engine:
     def _summed_loss(self, batch: Batch, dropout_key: torch.Tensor | None) -> torch.Tensor:
         # The weights are ones: divided by the number of tokens already here, fp16's gradients would vanish.
         target = Target(batch.labels_BS, batch.mask_BS.float(), self._loss_terms)
-        return self.ds(batch.tokens_BS, target, dropout_key)
+        return self._forward(batch, target, dropout_key)
+
+    def _forward(self, batch: Batch, target: Target, dropout_key: torch.Tensor | None = None) -> torch.Tensor:
+        documents = documents_of(batch, self.config.data)
+        return self.ds(batch.tokens_BS, target, dropout_key, documents=documents)
 
     def _dropout_key(self, step: int, micro_batch: int) -> torch.Tensor | None:
         if not self._dropout:

@@ -10,7 +10,7 @@ from megalite.data.format import TokenStore
 from megalite.errors import ConfigError
 from megalite.layers.cross_entropy import Target
 from megalite.metrics.evaluation import evaluate_store
-from megalite.objectives import Batch, build_objective
+from megalite.objectives import Batch, build_objective, documents_of
 from megalite.runs import LoadedRun, load_run
 from megalite.tokenizer import load_tokenizer
 
@@ -37,12 +37,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
                 f"data: {store.path} holds ids of a vocabulary of {store.manifest.vocab_size}, the model knows "
                 f"{run.config.model.vocab_size}; build the store with the run's tokenizer, {config.run_dir}/tokenizer"
             )
-    objective = build_objective(run.config.objective, run.config.data.sequence_length)
+    data = run.config.data
+    objective = build_objective(run.config.objective, data, stores[0][1].manifest.end_of_document)
 
     @torch.no_grad()
     def losses(batch: Batch) -> torch.Tensor:
         batch = batch.to(run.mesh.device)
-        return torch.where(batch.mask_BS, run.model(batch.tokens_BS, Target(batch.labels_BS)), 0.0)
+        losses_BS = run.model(batch.tokens_BS, Target(batch.labels_BS), documents=documents_of(batch, data))
+        return torch.where(batch.mask_BS, losses_BS, 0.0)
 
     figures: dict[str, float] = {}
     for source, store in stores:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from megalite.config.schema import GenerateConfig
+from megalite.config.schema import DataConfig, GenerateConfig
 from megalite.errors import CheckpointError, ConfigError
+from megalite.layers.documents import Documents, document_ids
 from megalite.log import get_logger
 from megalite.models import Decoder
 from megalite.runs import load_run
@@ -38,24 +39,38 @@ def generate(config: GenerateConfig) -> Iterator[str]:
         )
     for number in range(config.num_samples):
         generator = torch.Generator(run.mesh.device).manual_seed(config.seed + number)
-        tokens = prompt + list(sample_tokens(run.model, prompt, end, longest, config, generator))
+        tokens = prompt + list(sample_tokens(run.model, prompt, end, longest, config, generator, run.config.data))
         yield tokenizer.decode(tokens[1:])
 
 
 @torch.no_grad()
 def sample_tokens(
-    model: Decoder, prompt: list[int], end: int, longest: int, config: GenerateConfig, generator: torch.Generator
+    model: Decoder,
+    prompt: list[int],
+    end: int,
+    longest: int,
+    config: GenerateConfig,
+    generator: torch.Generator,
+    data: DataConfig,
 ) -> Iterator[int]:
-    """Yield tokens after `prompt` until `end`, `config.max_new_tokens`, or `longest` tokens in all."""
+    """Yield tokens after `prompt` until `end`, `config.max_new_tokens`, or `longest` tokens in all.
+
+    `data` tells whether the model was trained to keep documents apart.
+    """
     device = next(model.parameters()).device
     cache = model.new_cache(1, min(longest, len(prompt) + config.max_new_tokens))
-    tokens_BS = torch.tensor([prompt], device=device)
+    so_far, tokens_BS = list(prompt), torch.tensor([prompt], device=device)
     for _ in range(min(config.max_new_tokens, longest - len(prompt))):
-        logits_V = model(tokens_BS, cache=cache)[0, -1]
+        documents = None
+        if data.document_attention or data.document_positions:
+            ids_BT = document_ids(torch.tensor([so_far], device=device), end)
+            documents = Documents(ids_BT, data.document_attention, data.document_positions)
+        logits_V = model(tokens_BS, cache=cache, documents=documents)[0, -1]
         token = pick_token(logits_V, config, generator)
         if token == end:
             return
         yield token
+        so_far.append(token)
         tokens_BS = torch.tensor([[token]], device=device)
 
 

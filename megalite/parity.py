@@ -16,7 +16,7 @@ from megalite.engine import Engine
 from megalite.layers.cross_entropy import LossTerms, Target
 from megalite.mesh import Mesh, build_mesh
 from megalite.models import build_model, gather_parameter, materialize, named_logical_parameters
-from megalite.objectives import Batch, build_objective
+from megalite.objectives import Batch, build_objective, documents_of
 from megalite.optim import learning_rate
 from megalite.process import pick_device, start_process_group
 
@@ -51,7 +51,7 @@ def _micro_batches(config: TrainConfig, mesh: Mesh, step: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(config.seed + step)
     shape = (trainer.global_batch_size, length + 1)
     samples = torch.randint(config.model.known_vocab_size, shape, generator=generator)
-    objective = build_objective(config.objective, length)
+    objective = build_objective(config.objective, config.data, end_of_document=0)
     parts = samples.split(trainer.micro_batch_size)[mesh.data.rank :: mesh.data.size]
     return [objective.batch(part.to(mesh.device)) for part in parts]
 
@@ -67,7 +67,8 @@ def _float64_pass(config: TrainConfig, mesh: Mesh) -> tuple[float, dict[str, Ten
     for batch in batches:
         if mesh.context.size > 1:
             batch = batch.part(model.positions(batch.tokens_BS.shape[1] // mesh.context.size, mesh.device))
-        loss = model.train()(batch.tokens_BS, Target(batch.labels_BS, batch.mask_BS.double(), terms)) / num_tokens
+        target, documents = Target(batch.labels_BS, batch.mask_BS.double(), terms), documents_of(batch, config.data)
+        loss = model.train()(batch.tokens_BS, target, documents=documents) / num_tokens
         loss.backward()
         total += loss.detach()
     gradients = {}

@@ -35,8 +35,9 @@ class Trainer:
         self.mesh = mesh
         self.run_dir = Path(config.run_dir)
         self.engine = Engine(config, mesh)
-        self.objective = build_objective(config.objective, config.data.sequence_length)
         self.loader = self._build_loader()
+        end_of_document = self.loader.dataset.stores[0].manifest.end_of_document
+        self.objective = build_objective(config.objective, config.data, end_of_document)
         self.validation = [(store.source, TokenStore.open(store.path)) for store in config.data.validation]
         self.counters = self._resume()
         self.last_step = min(config.trainer.steps, config.trainer.stop_after or config.trainer.steps)

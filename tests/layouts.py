@@ -15,6 +15,7 @@ FACTORS = {
     "zero_stage": (0, 1, 2, 3),
     "accumulation": (1, 3),
     "recompute": ("none", "selective", "full"),
+    "documents": (False, True),
 }
 FAMILIES = {
     "gpt": {"num_attention_heads": 8},
@@ -34,12 +35,13 @@ class Layout:
     zero_stage: int
     accumulation: int
     recompute: str
+    documents: bool
 
     def __str__(self) -> str:
         size, method = self.context
         context = f"-{method}{size}" if size > 1 else ""
         sequence = "-sp" if self.sequence else ""
-        rest = f"zero{self.zero_stage}-acc{self.accumulation}-{self.recompute}"
+        rest = f"zero{self.zero_stage}-acc{self.accumulation}-{self.recompute}{'-documents' * self.documents}"
         return f"{self.family}-tp{self.tensor}{sequence}{context}-{rest}"
 
     @property
@@ -59,7 +61,12 @@ class Layout:
             engine={"zero_stage": self.zero_stage, "recompute": self.recompute},
             trainer={"steps": 50, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": micro},
             schedule={"warmup_steps": 10},
-            data={"train": "unused", "sequence_length": LENGTH},
+            data={
+                "train": "unused",
+                "sequence_length": LENGTH,
+                "document_attention": self.documents,
+                "document_positions": self.documents,
+            },
         )
 
 

@@ -22,8 +22,10 @@ def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     }
 
 
-def plain_curve(config: TrainConfig, batches: Iterable[torch.Tensor], rates: Iterable[float]) -> Curve:
-    """Train on global batches [B, S + 1], a learning rate each."""
+def plain_curve(
+    config: TrainConfig, batches: Iterable[torch.Tensor], rates: Iterable[float], end: int | None = None
+) -> Curve:
+    """Train on global batches [B, S + 1], a learning rate each; `end`: documents are read apart."""
     weights = initial_weights(config)
     matrices = [weight for weight in weights.values() if weight.ndim == 2]
     vectors = [weight for weight in weights.values() if weight.ndim == 1]
@@ -31,7 +33,7 @@ def plain_curve(config: TrainConfig, batches: Iterable[torch.Tensor], rates: Ite
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     curve = []
     for batch, rate in zip(batches, rates, strict=True):
-        loss = plain_losses(weights, config.model, batch[:, :-1], batch[:, 1:]).mean()
+        loss = plain_losses(weights, config.model, batch[:, :-1], batch[:, 1:], end).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalite.config.compose import save_config
-from megalite.config.schema import EvaluateConfig, GenerateConfig, ModelConfig, StoreConfig
+from megalite.config.schema import DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, StoreConfig
 from megalite.errors import CheckpointError, ConfigError
 from megalite.evaluate import evaluate
 from megalite.generate import generate, pick_token, sample_tokens
@@ -20,6 +20,7 @@ from tests.stores import make_store
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
 CPU = torch.device("cpu")
+TOGETHER = DataConfig(train=())
 
 
 def config_of(**keys) -> GenerateConfig:
@@ -55,15 +56,20 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
 
 @pytest.fixture(scope="module")
 def model():
-    config = ModelConfig(vocab_size=50, max_sequence_length=24, num_layers=2, hidden_size=32, num_attention_heads=4)
-    model = build_model(config, single_mesh(CPU))
+    return random_model()
+
+
+def random_model(**changes):
+    sizes = {"vocab_size": 50, "max_sequence_length": 24, "num_layers": 2, "hidden_size": 32}
+    model = build_model(ModelConfig(**sizes, num_attention_heads=4, **changes), single_mesh(CPU))
     materialize(model, single_mesh(CPU), seed=3)
     return model.eval()
 
 
-def texts(model, prompt, end=49, longest=24, **keys) -> list[int]:
+def texts(model, prompt, end=49, longest=24, data=TOGETHER, **keys) -> list[int]:
     config = config_of(**keys)
-    return list(sample_tokens(model, prompt, end, longest, config, torch.Generator().manual_seed(config.seed)))
+    generator = torch.Generator().manual_seed(config.seed)
+    return list(sample_tokens(model, prompt, end, longest, config, generator, data))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -80,6 +86,19 @@ def test_the_cache_gives_what_reading_everything_again_gives(model):
     for _ in range(12):
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     assert found == tokens[3:]
+
+
+def test_a_text_sees_nothing_of_the_document_before_it():
+    """Trained so: what stands before an end-of-document token changes nothing."""
+    model = random_model(init_std=0.3)  # large weights: what is seen changes what follows
+    apart = DataConfig(train=(), document_attention=True, document_positions=True)
+
+    def continued(before, data):
+        return texts(model, [*before, 49, 5, 6, 7], data=data, end=-1 if data is TOGETHER else 49, max_new_tokens=6)
+
+    first, second, third = (continued(before, apart) for before in ([], [1, 2], [8] * 9))
+    assert first == second == third
+    assert continued([1, 2], TOGETHER) != continued([8, 3], TOGETHER)
 
 
 def test_the_same_seed_repeats_and_another_differs(model):

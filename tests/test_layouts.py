@@ -7,7 +7,7 @@ import torch
 
 from megalite.config.validate import validate_train
 from megalite.errors import ConfigError
-from megalite.objectives import CausalLM
+from megalite.objectives import build_objective
 from megalite.optim import learning_rate
 from tests.layouts import GLOBAL_BATCH, LENGTH, STEPS, WORLD, Layout, all_layouts, pairwise_cover
 from tests.plain_training import Curve, plain_curve
@@ -15,6 +15,7 @@ from tests.ranks import run_ranks
 from tests.test_engine import text, worst
 
 ALL, COVER = all_layouts(), pairwise_cover()
+END = 32  # a space: every word is a document
 
 
 def samples(step: int) -> torch.Tensor:
@@ -28,9 +29,10 @@ def rate(config, step):
 
 
 @functools.cache
-def reference(family: str) -> Curve:
-    config = Layout(family, 1, False, (1, "auto"), 0, 1, "none").config
-    curve = plain_curve(config, map(samples, range(STEPS)), [rate(config, step) for step in range(STEPS)])
+def reference(family: str, documents: bool) -> Curve:
+    config = Layout(family, 1, False, (1, "auto"), 0, 1, "none", documents).config
+    rates = [rate(config, step) for step in range(STEPS)]
+    curve = plain_curve(config, map(samples, range(STEPS)), rates, END if documents else None)
     assert curve[-1][0] < curve[0][0] - 0.1, "the reference does not learn, so it would not notice much"
     return curve
 
@@ -44,10 +46,11 @@ def curve_of(layout: Layout) -> Curve:
     mesh = build_mesh(config.parallel, torch.device("cpu"))
     engine = Engine(config, mesh)
     engine.init_weights()
+    objective = build_objective(config.objective, config.data, END)
     curve = []
     for step in range(STEPS):
         parts = samples(step).split(config.trainer.micro_batch_size)[mesh.data.rank :: mesh.data.size]
-        result = engine.train_step([CausalLM(LENGTH).batch(part) for part in parts], step, rate(config, step))
+        result = engine.train_step([objective.batch(part) for part in parts], step, rate(config, step))
         curve.append((float(result.loss), float(result.grad_norm)))
     return curve
 
@@ -60,7 +63,7 @@ def check(layout: Layout) -> None:
         return
     assert layout.data, "accepted, though it needs more processes than there are"
     for curve in run_ranks(WORLD, curve_of, layout):
-        loss, norm = worst(curve, reference(layout.family))
+        loss, norm = worst(curve, reference(layout.family, layout.documents))
         assert loss <= 1e-5
         assert norm <= 1e-4
 

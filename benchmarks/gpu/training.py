@@ -142,7 +142,7 @@ class Run:
         self.config, self.engine = config, engine
         length = config.data.sequence_length
         self.dataset = BlendedDataset([(TokenStore.open(store), 1.0)], length, config.seed)
-        self.objective = build_objective(config.objective, length)
+        self.objective = build_objective(config.objective, config.data, end_of_document=0)
 
     def train_step(self, step: int, micro_batch_size: int) -> StepResult:
         """One step as the trainer does it: samples from the store, batch, forward, backward, update."""

@@ -173,6 +173,8 @@ class DataConfig:
     train: tuple[StoreConfig, ...]
     validation: tuple[StoreConfig, ...] = ()
     sequence_length: int = 1024  # tokens; conf/train.yaml refers to the model's longest
+    document_attention: bool = False  # attention stays within a document
+    document_positions: bool = False  # positions restart with each document
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def attend(
     dropout: float = 0.0,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(K) + mask) V: (B, S, H, K). `mask_ST` as `attention_mask` gives it.
+    """softmax(Q K^T / sqrt(K) + mask) V: (B, S, H, K). `mask_ST` as `attention_mask` gives it, or (B, 1, S, T).
 
     Each key head serves H / G consecutive query heads. `soft_cap` c: scores become c tanh(score / c) (Gemma 2, Riviere
     et al. 2024), which no fused kernel takes: the S x T scores then exist.

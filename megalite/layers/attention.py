@@ -74,7 +74,7 @@ class Attention(nn.Module):
         if self.context is None:
             y_BSHK = alone(q_BSHK, k_BSGK, v_BSGK)
         else:
-            y_BSHK = self.context.attend(q_BSHK, k_BSGK, v_BSGK, alone)
+            y_BSHK = self.context.attend(q_BSHK, k_BSGK, v_BSGK, alone, mask_ST)
         return self.output(y_BSHK.flatten(2))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

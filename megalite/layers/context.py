@@ -13,6 +13,7 @@ triangle (Brandon et al. 2023 for the imbalance; zigzag as in ring-flash-attenti
 Legend: B batch, S tokens held here, H query heads, G key and value heads, K head size; `_local` is of the tensor axis.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,11 +47,16 @@ class Context:
         early = torch.arange(rank * part, (rank + 1) * part, device=device)
         return torch.cat([early, early + (2 * size - 1 - 2 * rank) * part])
 
-    def attend(self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, alone: Attend) -> Tensor:
-        """Causal attention over whole sequences: (B, S, H, K). `alone`: the same for one rank that holds them all."""
+    def attend(
+        self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, alone: Attend, mask: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention over whole sequences: (B, S, H, K). `alone`: the same for one rank that holds them all.
+
+        `mask`: which tokens of whole sequences see which, (B, 1, T, T); `alone` knows it too. None: all before them.
+        """
         if self.method == "ulysses":
             return _ulysses(q_BSHK, k_BSGK, v_BSGK, alone, self.axis)
-        return _Ring.apply(q_BSHK, k_BSGK, v_BSGK, self.axis)
+        return _Ring.apply(q_BSHK, k_BSGK, v_BSGK, self, mask)
 
 
 def _ulysses(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, alone: Attend, axis: Axis) -> Tensor:
@@ -69,7 +75,10 @@ class _Ring(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, axis: Axis) -> Tensor:
+    def forward(
+        ctx: Any, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, context: Context, mask: Tensor | None
+    ) -> Tensor:
+        axis = context.axis
         q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros(q.shape, dtype=wide, device=q.device)
@@ -77,33 +86,36 @@ class _Ring(torch.autograd.Function):
         for step, kv in _round(torch.stack([k, v]), axis):
             rows, columns = _visible(step, axis, q.shape[2])
             keys, values = kv[:, :, :, columns].unbind()
-            y, y_log_sum = block_forward(q[:, :, rows], keys, values, causal=step == 0)
+            seen = _seen(mask, context, step, q.shape[2], rows, columns)
+            y, y_log_sum = block_forward(q[:, :, rows], keys, values, step == 0, seen)
             merged = torch.logaddexp(log_sum[:, :, rows], y_log_sum.to(wide))
             out[:, :, rows] *= (log_sum[:, :, rows] - merged).exp()[..., None]
             out[:, :, rows] += y * (y_log_sum - merged).exp()[..., None]
             log_sum[:, :, rows] = merged
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, log_sum)
-        ctx.axis = axis
+        ctx.context, ctx.mask = context, mask
         return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad_BSHK: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_BSHK: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, log_sum = ctx.saved_tensors
-        axis, grad = ctx.axis, grad_BSHK.transpose(1, 2)
+        axis, grad = ctx.context.axis, grad_BSHK.transpose(1, 2)
         grad_q = torch.zeros(q.shape, dtype=log_sum.dtype, device=q.device)
         grad_kv = torch.zeros((2, *k.shape), dtype=log_sum.dtype, device=q.device)
         for step, kv in _round(torch.stack([k, v]), axis):
             rows, columns = _visible(step, axis, q.shape[2])
             keys, values = kv[:, :, :, columns].unbind()
             of_rows, q_rows, out_rows, log_sum_rows = (x[:, :, rows] for x in (grad, q, out, log_sum))
-            found_q, *found_kv = block_backward(of_rows, q_rows, out_rows, log_sum_rows, keys, values, step == 0)
+            seen = _seen(ctx.mask, ctx.context, step, q.shape[2], rows, columns)
+            saved = (of_rows, q_rows, out_rows, log_sum_rows, keys, values)
+            found_q, *found_kv = block_backward(*saved, step == 0, seen)
             grad_q[:, :, rows] += found_q
             grad_kv[:, :, :, columns] += torch.stack(found_kv)
             # It goes on with the keys and values that it belongs to, and after `size` steps is at home.
             grad_kv = _Shift(grad_kv, axis).wait()
         grad_k, grad_v = grad_kv.to(q.dtype)
-        return grad_q.to(q.dtype).transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), None
+        return grad_q.to(q.dtype).transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), None, None
 
 
 def _round(kv: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor]]:
@@ -126,6 +138,17 @@ def _visible(step: int, axis: Axis, length: int) -> tuple[slice, slice]:
     if step <= axis.rank:  # from a lower rank: its early run lies before both of ours, its late run behind
         return everything, slice(0, half)
     return slice(half, length), everything  # from a higher rank: only our late run lies behind its two
+
+
+def _seen(mask: Tensor | None, context: Context, step: int, length: int, rows: slice, columns: slice) -> Tensor | None:
+    """Of the mask of whole sequences what is about our `rows` and the `columns` of the rank `step` before us."""
+    if mask is None:
+        return None
+    source = (context.axis.rank - step) % context.axis.size
+    theirs = Context(dataclasses.replace(context.axis, rank=source), context.method)
+    whole = length * context.axis.size
+    ours_S, theirs_T = (c.positions(whole, mask.device) for c in (context, theirs))
+    return mask[:, :, ours_S[rows], :][..., theirs_T[columns]]
 
 
 class _Shift:

@@ -19,7 +19,10 @@ from megalite.mesh import Axis
 
 
 class LearnedPositions(nn.Module):
-    """y = P[positions], with a table of one row a position; replicated. Shapes: positions_S -> (S, D)."""
+    """y = P[positions], with a table of one row a position; replicated.
+
+    Shapes: positions_S -> (S, D), and with a batch before S likewise, as in all of this room.
+    """
 
     def __init__(self, max_sequence_length: int, hidden_size: int, axis: Axis, init: Init) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ def sinusoids(positions_S: Tensor, hidden_size: int, dtype: torch.dtype) -> Tens
 
     Shapes: positions_S -> (S, D) in `dtype`. `hidden_size` is even.
     """
-    angles = positions_S.double()[:, None] * _frequencies(hidden_size, 10000.0, positions_S.device)
+    angles = positions_S.double()[..., None] * _frequencies(hidden_size, 10000.0, positions_S.device)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2).to(dtype)
 
 
@@ -53,7 +56,7 @@ def rotary_tables(
     frequencies, scale = _frequencies(head_size, base, positions_S.device), 1.0
     if scaling is not None:
         frequencies, scale = _scaled(frequencies, base, scaling)
-    angles = positions_S.double()[:, None] * frequencies
+    angles = positions_S.double()[..., None] * frequencies
     table_dtype = torch.promote_types(dtype, torch.float32)
     return (scale * angles.cos()).to(table_dtype), (scale * angles.sin()).to(table_dtype)
 
@@ -61,9 +64,9 @@ def rotary_tables(
 def apply_rotary(x_BSHK: Tensor, cos_SK: Tensor, sin_SK: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + K/2}) by their angle: the two-halves layout of GPT-NeoX, Llama in transformers.
 
-    Shapes: x_BSHK, tables (S, K/2) -> (B, S, H, K) in x's dtype; computed in at least fp32.
+    Shapes: x_BSHK, tables (S, K/2) or (B, S, K/2) -> (B, S, H, K) in x's dtype; computed in at least fp32.
     """
-    cos, sin = cos_SK[:, None, :], sin_SK[:, None, :]
+    cos, sin = cos_SK.unsqueeze(-2), sin_SK.unsqueeze(-2)
     first, second = x_BSHK.to(torch.promote_types(x_BSHK.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSHK.dtype)
 

@@ -42,8 +42,8 @@ def sum_partial(x_BSD: Tensor, axis: Axis) -> Tensor:
 
 
 def own_part(x_SD: Tensor, axis: Axis) -> Tensor:
-    """Of something replicated, (S, D), what goes with this rank's part of the sequence."""
-    return comm.scatter(x_SD, axis, 0) if axis.sequence else x_SD
+    """Of something replicated, (S, D) or (B, S, D), what goes with this rank's part of the sequence."""
+    return comm.scatter(x_SD, axis, x_SD.ndim - 2) if axis.sequence else x_SD
 
 
 def replicated(axis: Axis, *parameters: Tensor, partial: bool) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from megalite.layers.attention import Attention
 from megalite.layers.cache import KVCache
 from megalite.layers.context import Context
 from megalite.layers.cross_entropy import Target, Vocabulary
+from megalite.layers.documents import Documents
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import NORMS
 from megalite.layers.positions import LearnedPositions, rotary_tables, sinusoids
@@ -157,6 +158,7 @@ class Decoder(nn.Module):
         target: Target | None = None,
         dropout_key: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """A loss where there is a target, else logits.
 
@@ -166,19 +168,20 @@ class Decoder(nn.Module):
         Where ranks share sequences (`context`) the S tokens are those that `positions` names, and losses are of them.
         `dropout_key` comes from `rng.micro_batch_key` and is needed in training mode if `model.dropout` is not 0, with
         `rng.seed_attention_stream` called before; in evaluation mode nothing is dropped. With a `cache` the tokens
-        continue those it holds, and it is advanced.
+        continue those it holds, and it is advanced. `documents` are those of whole sequences, with a cache of all
+        tokens so far.
         """
         whole = not self.axis.sequence and self.context is None
         assert cache is None or whole, "a cache holds whole sequences"
         start, length = 0 if cache is None else cache.length, tokens_BS.shape[1]
         self._check_length((start + length) * (1 if self.context is None else self.context.axis.size))
-        tokens_BS, target = self._padded(tokens_BS, target)
-        positions_S = start + self.positions(tokens_BS.shape[1], tokens_BS.device)
+        tokens_BS, target, documents = self._padded(tokens_BS, target, documents)
+        places_S = start + self.positions(tokens_BS.shape[1], tokens_BS.device)
+        positions_S = documents.positions_of(places_S) if documents else places_S
         keys = self._dropout_keys(dropout_key)
         x_BSD = self.embedding(tokens_BS, positions_S, keys[-1])
         rotary = self._rotary(positions_S, x_BSD.dtype)
-        # Where ranks share sequences all tokens are seen: sliding windows are refused there.
-        mask_ST = attention_mask(start, tokens_BS.shape[1], self.config.sliding_window, tokens_BS.device)
+        mask_ST = self._mask(start, places_S, documents)
         for block, key_K in zip(self.blocks, keys[:-1], strict=True):
             x_BSD = block(x_BSD, rotary, mask_ST, key_K, cache)
         if cache is not None:
@@ -196,13 +199,26 @@ class Decoder(nn.Module):
             return torch.arange(length, device=device)
         return self.context.positions(length * self.context.axis.size, device)
 
-    def _padded(self, tokens_BS: Tensor, target: Target | None) -> tuple[Tensor, Target | None]:
+    def _mask(self, start: int, places_S: Tensor, documents: Documents | None) -> Tensor | None:
+        """Which tokens see which; where ranks share sequences, of whole sequences (no window slides there)."""
+        if self.context is not None:
+            places_S = torch.arange(len(places_S) * self.context.axis.size, device=places_S.device)
+        mask_ST = attention_mask(start, len(places_S), self.config.sliding_window, places_S.device)
+        return documents.mask(places_S, mask_ST) if documents else mask_ST
+
+    def _padded(
+        self, tokens_BS: Tensor, target: Target | None, documents: Documents | None
+    ) -> tuple[Tensor, Target | None, Documents | None]:
         """With tokens behind the end, to which none attends, where the sequence would not split into equal parts."""
         missing = -tokens_BS.shape[1] % self.axis.size if self.axis.sequence else 0
         if not missing:
-            return tokens_BS, target
+            return tokens_BS, target, documents
         assert self.context is None, f"{tokens_BS.shape[1]} tokens do not split over {self.axis.size} ranks"
-        return F.pad(tokens_BS, (0, missing)), target and target.padded(missing)
+        return (
+            F.pad(tokens_BS, (0, missing)),
+            target and target.padded(missing),
+            documents and documents.padded(missing),
+        )
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `batch` sequences of at most `max_length` tokens."""

@@ -5,19 +5,25 @@ from collections.abc import Iterator
 import torch
 
 from megalite.data.format import TokenStore
+from megalite.layers.documents import document_ids
 from megalite.objectives.base import Batch
 
 
 class CausalLM:
     """Predict every token from those before it (Radford et al. 2018)."""
 
-    def __init__(self, sequence_length: int):
+    def __init__(self, sequence_length: int, end_of_document: int | None = None):
+        """`end_of_document`: the token to tell documents apart by; None: nobody asks for them."""
         self.sequence_length = sequence_length
+        self.end_of_document = end_of_document
 
     def batch(self, samples: torch.Tensor) -> Batch:
         """Samples [B, S + 1] -> inputs, the same shifted by one as labels, every position counted."""
         tokens_BS, labels_BS = samples[:, :-1], samples[:, 1:]
-        return Batch(tokens_BS, labels_BS, torch.ones_like(labels_BS, dtype=torch.bool))
+        return Batch(tokens_BS, labels_BS, torch.ones_like(labels_BS, dtype=torch.bool), self._documents(tokens_BS))
+
+    def _documents(self, tokens_BS: torch.Tensor) -> torch.Tensor | None:
+        return None if self.end_of_document is None else document_ids(tokens_BS, self.end_of_document)
 
     def evaluation_windows(self, store: TokenStore) -> Iterator[torch.Tensor]:
         """Windows that predict every token of every document once, each [n + 1] with n <= S.
@@ -43,4 +49,4 @@ class CausalLM:
             tokens_BS[row, :length] = window[:-1]
             labels_BS[row, :length] = window[1:]
             mask_BS[row, :length] = True
-        return Batch(tokens_BS, labels_BS, mask_BS)
+        return Batch(tokens_BS, labels_BS, mask_BS, self._documents(tokens_BS))

@@ -118,7 +118,7 @@ def test_greedy_text_is_the_same(saved, tmp_path):
     prompt = tokens()[0, :5]
     run = load_run(str(tmp_path / "run"), None)
     config = GenerateConfig(run_dir="", temperature=0.0, max_new_tokens=50)
-    found = list(sample_tokens(run.model, prompt.tolist(), -1, 64, config, torch.Generator()))
+    found = list(sample_tokens(run.model, prompt.tolist(), -1, 64, config, torch.Generator(), run.config.data))
     sequence = prompt[None]
     with torch.no_grad():
         for token in found:

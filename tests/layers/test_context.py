@@ -1,12 +1,20 @@
 """Attention over sequences that ranks share, against attention over whole ones: outputs and every gradient."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megalite.config.schema import ParallelConfig
 from megalite.layers import context as context_room
-from megalite.layers.attention_block import block_backward, block_forward, plain_backward, plain_forward
+from megalite.layers.attend import attend
+from megalite.layers.attention_block import (
+    block_backward,
+    block_forward,
+    causal_block,
+    plain_backward,
+    plain_forward,
+)
 from megalite.layers.context import Context
 from megalite.mesh import Axis, build_mesh
 from tests.layers.parallel import random_tensors
@@ -16,10 +24,11 @@ CPU = torch.device("cpu")
 LENGTH = 24
 
 
-def plain(q_BSHK, k_BSGK, v_BSGK):
+def plain(q_BSHK, k_BSGK, v_BSGK, hidden=None):
     """Head by head, with the softmax written out."""
     shared = q_BSHK.shape[2] // k_BSGK.shape[2]
-    hidden = torch.ones(q_BSHK.shape[1], q_BSHK.shape[1], dtype=torch.bool).triu(1)
+    if hidden is None:
+        hidden = torch.ones(q_BSHK.shape[1], q_BSHK.shape[1], dtype=torch.bool).triu(1)
     heads = []
     for head in range(q_BSHK.shape[2]):
         scores = q_BSHK[:, :, head] @ k_BSGK[:, :, head // shared].mT / q_BSHK.shape[3] ** 0.5
@@ -27,18 +36,18 @@ def plain(q_BSHK, k_BSGK, v_BSGK):
     return torch.stack(heads, dim=2)
 
 
-def alone(q_BSHK, k_BSGK, v_BSGK):
-    """What one rank calls that holds whole sequences."""
-    heads = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
-    return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
 def inputs(heads, kv_heads):
     shapes = {"q": (2, LENGTH, heads, 8), "k": (2, LENGTH, kv_heads, 8), "v": (2, LENGTH, kv_heads, 8)}
     return [*random_tensors(1, **shapes).values(), *random_tensors(2, grad=(2, LENGTH, heads, 8)).values()]
 
 
-def on_rank(size, method, heads, kv_heads, plant=None):
+def documents_mask():
+    """Causal, within documents of several lengths: (1, 1, T, T), the same for both sequences."""
+    ids = torch.tensor([[0] * 5 + [1] + [2] * 11 + [3] * 7])
+    return (ids[:, :, None] == ids[:, None, :]).tril()[:, None]
+
+
+def on_rank(size, method, heads, kv_heads, plant=None, masked=False):
     """Which positions this rank holds, its output, and the gradients of its q, k and v."""
     if plant:
         plant()
@@ -46,19 +55,20 @@ def on_rank(size, method, heads, kv_heads, plant=None):
     positions = context.positions(LENGTH, CPU)
     *parts, grad = (x[:, positions].clone() for x in inputs(heads, kv_heads))
     leaves = [part.requires_grad_() for part in parts]
-    y = context.attend(*leaves, alone)
+    mask = documents_mask() if masked else None
+    y = context.attend(*leaves, partial(attend, mask_ST=mask), mask)
     y.backward(grad)
     return positions, [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def worst(size, method, heads, kv_heads, plant=None):
+def worst(size, method, heads, kv_heads, plant=None, masked=False):
     *leaves, grad = inputs(heads, kv_heads)
     for leaf in leaves:
         leaf.requires_grad_()
-    y = plain(*leaves)
+    y = plain(*leaves, ~documents_mask()[0, 0]) if masked else plain(*leaves)
     y.backward(grad)
     wanted = [y.detach(), *(leaf.grad for leaf in leaves)]
-    found = run_ranks(size, on_rank, size, method, heads, kv_heads, plant)
+    found = run_ranks(size, on_rank, size, method, heads, kv_heads, plant, masked)
     assert sorted(torch.cat([positions for positions, _ in found]).tolist()) == list(range(LENGTH))
     return max(
         (part - whole[:, positions]).abs().max().item()
@@ -76,6 +86,14 @@ def worst(size, method, heads, kv_heads, plant=None):
 )
 def test_attention_over_shared_sequences(size, method, heads, kv_heads):
     assert worst(size, method, heads, kv_heads) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "heads", "kv_heads"),
+    [(2, "ulysses", 4, 2), (2, "ring", 4, 2), (3, "ring", 2, 1), (4, "ring", 2, 2)],
+)
+def test_attention_within_documents(size, method, heads, kv_heads):
+    assert worst(size, method, heads, kv_heads, masked=True) < 1e-10
 
 
 def test_zigzag_gives_every_rank_the_same_share_of_the_causal_triangle():
@@ -109,10 +127,11 @@ def test_blocks_in_products_equal_the_kernels(causal, kv_heads):
     q, k, v, grad = tensors.values()
     out, log_sum = block_forward(q, k, v, causal)
     whole = [x.repeat_interleave(4 // kv_heads, 1) for x in (k, v)]
-    for found, wanted in zip(plain_forward(q, *whole, causal), (out, log_sum), strict=True):
+    seen = causal_block(q, k) if causal else None
+    for found, wanted in zip(plain_forward(q, *whole, seen), (out, log_sum), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
     wanted = block_backward(grad, q, out, log_sum, k, v, causal)
-    found_q, *found_kv = plain_backward(grad, q, *whole, out, log_sum, causal)
+    found_q, *found_kv = plain_backward(grad, q, *whole, out, log_sum, seen)
     found = [found_q, *(x.unflatten(1, (kv_heads, -1)).sum(2) for x in found_kv)]
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)

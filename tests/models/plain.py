@@ -12,12 +12,17 @@ from torch import Tensor
 from megalite.config.schema import ModelConfig
 
 
-def plain_losses(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor, labels: Tensor) -> Tensor:
-    logits = plain_logits(weights, config, tokens)
+def plain_losses(
+    weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor, labels: Tensor, end: int | None = None
+) -> Tensor:
+    logits = plain_logits(weights, config, tokens, end)
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
 
 
-def plain_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor) -> Tensor:
+def plain_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor, end: int | None = None) -> Tensor:
+    """`end`: the token that ends documents, which are then read one by one, each from position 0."""
+    if end is not None:
+        return torch.stack([_document_by_document(weights, config, row, end) for row in tokens])
     x = F.embedding(tokens, weights["embedding.tokens.weight"])
     length = tokens.shape[1]
     if config.positions == "learned":
@@ -35,6 +40,12 @@ def plain_logits(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor
     x = _norm(weights, "head.norm", config, x)
     head = "embedding.tokens.weight" if config.tied_embeddings else "head.output.weight"
     return _capped(x @ weights[head].t(), config.logit_soft_cap)
+
+
+def _document_by_document(weights: dict[str, Tensor], config: ModelConfig, row: Tensor, end: int) -> Tensor:
+    cuts = [i + 1 for i, token in enumerate(row.tolist()) if token == end]
+    pieces = [piece for piece in row.tensor_split(cuts) if len(piece)]
+    return torch.cat([plain_logits(weights, config, piece[None])[0] for piece in pieces])
 
 
 def plain_attention(weights: dict[str, Tensor], prefix: str, config: ModelConfig, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from megalite import rng
 from megalite.config.schema import ParallelConfig, RotaryScalingConfig
 from megalite.errors import ConfigError
 from megalite.layers.cross_entropy import Target
+from megalite.layers.documents import Documents, document_ids
 from megalite.mesh import build_mesh, single_mesh
 from megalite.models import build_model, materialize
 from megalite.models.decoder import Decoder
@@ -197,6 +198,58 @@ def generate(config, tensor):
 @pytest.mark.parametrize("name", ["gpt", "llama", "mixed", "qwen", "gemma", "neox"])
 def test_cached_decoding_equals_reading_everything_again(name):
     assert max(run_ranks(2, generate, CONFIGS[name], 2)) < 1e-10
+
+
+END = 7
+
+
+def document_tokens(config):
+    """Documents of one token, of several, and one that a sequence begins or ends within."""
+    found = tokens(config)
+    found[found == END] += 1
+    found[0, [0, 3, 4]] = END
+    found[1, [5, 8]] = END
+    return found
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("name", ["gpt", "llama", "mixed", "gemma"])
+def test_documents_are_read_apart(name, sequence):
+    config = CONFIGS[name]
+
+    def call(model, axis, tokens_BS, labels_BS):
+        documents = Documents(document_ids(tokens_BS, END), attention=True, positions=True)
+        return model(tokens_BS, Target(labels_BS, WEIGHTS), documents=documents)
+
+    def plain(weights, tokens_BS, labels_BS):
+        return (plain_losses(weights, config, tokens_BS, labels_BS, END) * WEIGHTS).sum()
+
+    check_layer(
+        2,
+        lambda axis: Decoder(config, axis),
+        call,
+        plain,
+        document_tokens(config),
+        tokens(config, seed=4),
+        sequence=sequence,
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_attention_and_positions_are_kept_apart_separately(name):
+    def logits(attention, positions):
+        documents = Documents(document_ids(document_tokens(CONFIGS[name]), END), attention, positions)
+        mesh = single_mesh(CPU)
+        model = build_model(dataclasses.replace(CONFIGS[name], init_std=0.3), mesh).eval()
+        materialize(model, mesh, seed=1)
+        with torch.no_grad():
+            return model(document_tokens(CONFIGS[name]), documents=documents)
+
+    together, seen_apart, counted_apart, apart = (logits(*flags) for flags in ((0, 0), (1, 0), (0, 1), (1, 1)))
+    assert not torch.allclose(together, seen_apart)
+    assert not torch.allclose(together, counted_apart)
+    # Rotations know distances alone: seen apart, it is all the same where the count begins.
+    assert torch.allclose(seen_apart, apart, atol=1e-4) == (name == "llama")
 
 
 SWITCHES = {
