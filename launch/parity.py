@@ -19,7 +19,7 @@ from megalite.config.compose import compose_train
 from megalite.config.place import count_gpus
 from megalite.config.schema import ContextMethod, EngineConfig, ParallelConfig, TrainConfig
 from megalite.config.shrink import shrink
-from megalite.config.validate import resolve_context_method, validate_layout
+from megalite.config.validate_layout import resolve_context_method, validate_layout
 from megalite.errors import EXIT_FAILURE, EXIT_OK, ConfigError
 from megalite.log import get_logger, setup_logging
 

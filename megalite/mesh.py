@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.schema import ContextMethod, ParallelConfig
-from megalite.config.validate import divisors
+from megalite.config.validate_layout import divisors
 from megalite.errors import ConfigError
 
 

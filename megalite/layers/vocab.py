@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.config.validate import VOCAB_MULTIPLE
+from megalite.config.validate_layout import VOCAB_MULTIPLE
 from megalite.layers.cross_entropy import Target, Vocabulary, linear_cross_entropy, local_rows, token_losses
 from megalite.layers.region import column_linear, sum_partial
 from megalite.layers.shard import Init, Shard, make_parameter

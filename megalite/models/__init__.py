@@ -1,7 +1,7 @@
 """Architectures, by name, and what surrounds a model: its parameters' names and initial values, counts."""
 
 from megalite.config.schema import ModelConfig, Recompute
-from megalite.config.validate import resolve_context_method
+from megalite.config.validate_layout import resolve_context_method
 from megalite.layers.context import Context
 from megalite.mesh import Mesh
 from megalite.models.counts import count_parameters, flops_per_token

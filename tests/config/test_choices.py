@@ -9,7 +9,7 @@ from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from megalite.config import schema
-from megalite.config.validate import DS_DERIVED, DS_OVERRIDES
+from megalite.config.validate_layout import DS_DERIVED, DS_OVERRIDES
 from megalite.data_tools.formats import FORMATS
 from megalite.data_tools.tokenizer_training import MODEL_TYPES
 from megalite.engine import DTYPES, _refused_overrides

@@ -6,7 +6,7 @@ import pytest
 
 from megalite.config.compose import compose_train
 from megalite.config.shrink import shrink
-from megalite.config.validate import validate_layout
+from megalite.config.validate_layout import validate_layout
 
 MODELS = ("tiny", "gpt2_124m", "gpt2_1_5b", "megatron_8_3b", "llama_1b", "llama_8b", "llama_70b")
 SIZES = ("vocab_size", "max_sequence_length", "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megalite.config import schema
-from megalite.config.validate import padded_vocab_size, resolve_auto, validate_train
+from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import (
     validate_data_build,
     validate_doctor,
@@ -13,6 +13,7 @@ from megalite.config.validate_commands import (
     validate_generate,
     validate_tokenizer_train,
 )
+from megalite.config.validate_layout import padded_vocab_size
 from megalite.errors import ConfigError
 
 TRAIN = schema.TrainConfig(
