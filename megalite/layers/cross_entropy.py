@@ -129,7 +129,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x_ND, grad_weight = ctx.saved_tensors
-        return grad_x_ND * grad.to(grad_x_ND.dtype), (grad_weight * grad).to(ctx.dtype), None, None, None, None
+        # In at least fp32: rounded to the dtype of x, one factor would scale all gradients before the head alike.
+        grad_x_ND = (grad_x_ND.to(grad_weight.dtype) * grad).to(grad_x_ND.dtype)
+        return grad_x_ND, (grad_weight * grad).to(ctx.dtype), None, None, None, None
 
 
 def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

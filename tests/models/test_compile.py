@@ -12,6 +12,7 @@ import torch._inductor.compile_fx  # slow imports, before ranks are forked
 from megalite import rng
 from megalite.config.schema import ParallelConfig
 from megalite.layers.cross_entropy import Target
+from megalite.layers.documents import Documents
 from megalite.mesh import build_mesh
 from megalite.models import build_model, materialize
 from tests.layers.plants import copy_forgets_backward
@@ -66,6 +67,29 @@ def test_compiled_equals_eager_in_one_graph(name, recompute, backend, sequence):
     for worst, graphs in run_ranks(2, worst_difference, CONFIGS[name], recompute, backend, sequence):
         assert worst < 1e-5  # fp32 rounding
         assert graphs == 1  # the blocks share it
+
+
+def shared_sequence_difference():
+    """Largest difference of compiled blocks where two ranks share sequences that hold several documents."""
+    mesh = build_mesh(ParallelConfig(context=2), CPU)
+    model = build_model(LLAMA, mesh)
+    materialize(model, mesh, seed=1)
+    tokens = torch.randint(LLAMA.vocab_size, (2, 8), generator=torch.Generator().manual_seed(3))
+    documents = Documents(torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 1]]), True, True)
+    own = tokens[:, model.positions(4, CPU)]
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            for block in model.blocks:
+                block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+        model.zero_grad()
+        model(own, Target(own, torch.ones(own.shape)), documents=documents).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+
+
+def test_shared_sequences_and_documents_are_compiled_too():
+    assert max(run_ranks(2, shared_sequence_difference)) < 1e-5
 
 
 def test_dropout_is_compiled_too():
