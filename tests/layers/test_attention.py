@@ -1,9 +1,12 @@
 """Attention on local heads against head-by-head attention on whole tensors."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from megalite.config.schema import ModelConfig
+from megalite.layers.attend import attention_mask
 from megalite.layers.attention import Attention
 from megalite.layers.cache import KVCache
 from megalite.layers.positions import rotary_tables
@@ -84,7 +87,8 @@ def test_cached_tokens_attend_as_if_read_at_once(name, cuts):
     for piece in x.split(cuts, dim=1):
         start, end = cache.length, cache.length + piece.shape[1]
         tables = rotary(config, 7)
-        pieces.append(layer(piece, tables and tuple(table[start:end] for table in tables), cache))
+        turned = tables and tuple(table[start:end] for table in tables)
+        pieces.append(layer(piece, turned, attention_mask(start, piece.shape[1], None, x.device), cache))
         cache.advance(piece.shape[1])
     torch.testing.assert_close(torch.cat(pieces, dim=1), wanted, atol=1e-10, rtol=0)
 
@@ -97,7 +101,7 @@ def test_a_full_cache_says_so():
 
 def test_dropout_acts_in_training_only():
     config = CONFIGS["multi_head"]
-    layer = make(config, SINGLE, dropout=0.5)
+    layer = make(dataclasses.replace(config, dropout=0.5), SINGLE)
     load_weights(layer, random_tensors(0, **shapes_of(lambda axis: make(config, axis))), SINGLE)
     x = random_tensors(1, x=(2, 7, 24))["x"]
     assert not torch.equal(layer(x), layer(x))
