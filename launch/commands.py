@@ -4,13 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from megalite.checkpoint_format import choose_checkpoint
+from megalite.checkpoint_format import require_checkpoint
 from megalite.config.compose import compose_config, compose_train, config_values, config_yaml, flatten, read_config
 from megalite.config.place import Place, count_gpus
 from megalite.config.schema import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig, ModelConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import validate_evaluate, validate_generate
-from megalite.errors import EXIT_OK, CheckpointError, ConfigError
+from megalite.errors import EXIT_OK, ConfigError
 from megalite.log import setup_logging
 from megalite.preflight import preflight
 
@@ -94,9 +94,7 @@ def export_weights(arguments: list[str]) -> int:
     if (config.run_dir is None) == (config.checkpoint is None):
         raise ConfigError("give one of run_dir=DIR (its newest checkpoint is taken) and checkpoint=PATH")
     run_dir = Path(config.run_dir) if config.run_dir else Path(str(config.checkpoint)).parent.parent
-    folder = choose_checkpoint(config.checkpoint or "auto", run_dir)
-    if folder is None:
-        raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
+    folder = require_checkpoint(config.checkpoint, run_dir)
     from megalite.convert.exporting import export_model
 
     tokenizer = run_dir / "tokenizer"

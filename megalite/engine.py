@@ -168,7 +168,7 @@ class Engine:
         return self._forward(batch, target, dropout_key)
 
     def _forward(self, batch: Batch, target: Target, dropout_key: torch.Tensor | None = None) -> torch.Tensor:
-        documents = documents_of(batch, self.config.data)
+        documents = documents_of(batch.documents_BS, self.config.data)
         return self.ds(batch.tokens_BS, target, dropout_key, documents=documents)
 
     def _dropout_key(self, step: int, micro_batch: int) -> torch.Tensor | None:

@@ -43,7 +43,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float]:
     @torch.no_grad()
     def losses(batch: Batch) -> torch.Tensor:
         batch = batch.to(run.mesh.device)
-        losses_BS = run.model(batch.tokens_BS, Target(batch.labels_BS), documents=documents_of(batch, data))
+        losses_BS = run.model(
+            batch.tokens_BS, Target(batch.labels_BS), documents=documents_of(batch.documents_BS, data)
+        )
         return torch.where(batch.mask_BS, losses_BS, 0.0)
 
     figures: dict[str, float] = {}

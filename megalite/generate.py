@@ -7,9 +7,10 @@ import torch
 
 from megalite.config.schema import DataConfig, GenerateConfig
 from megalite.errors import CheckpointError, ConfigError
-from megalite.layers.documents import Documents, document_ids
+from megalite.layers.documents import document_ids
 from megalite.log import get_logger
 from megalite.models import Decoder
+from megalite.objectives import documents_of
 from megalite.runs import load_run
 from megalite.tokenizer import load_tokenizer
 
@@ -61,11 +62,8 @@ def sample_tokens(
     cache = model.new_cache(1, min(longest, len(prompt) + config.max_new_tokens))
     so_far, tokens_BS = list(prompt), torch.tensor([prompt], device=device)
     for _ in range(min(config.max_new_tokens, longest - len(prompt))):
-        documents = None
-        if data.document_attention or data.document_positions:
-            ids_BT = document_ids(torch.tensor([so_far], device=device), end)
-            documents = Documents(ids_BT, data.document_attention, data.document_positions)
-        logits_V = model(tokens_BS, cache=cache, documents=documents)[0, -1]
+        ids_BT = document_ids(torch.tensor([so_far], device=device), end) if data.needs_documents else None
+        logits_V = model(tokens_BS, cache=cache, documents=documents_of(ids_BT, data))[0, -1]
         token = pick_token(logits_V, config, generator)
         if token == end:
             return

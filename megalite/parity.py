@@ -67,7 +67,8 @@ def _float64_pass(config: TrainConfig, mesh: Mesh) -> tuple[float, dict[str, Ten
     for batch in batches:
         if mesh.context.size > 1:
             batch = batch.part(model.positions(batch.tokens_BS.shape[1] // mesh.context.size, mesh.device))
-        target, documents = Target(batch.labels_BS, batch.mask_BS.double(), terms), documents_of(batch, config.data)
+        target = Target(batch.labels_BS, batch.mask_BS.double(), terms)
+        documents = documents_of(batch.documents_BS, config.data)
         loss = model.train()(batch.tokens_BS, target, documents=documents) / num_tokens
         loss.backward()
         total += loss.detach()

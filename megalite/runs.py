@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint import load_model
-from megalite.checkpoint_format import choose_checkpoint, read_manifest
+from megalite.checkpoint_format import read_manifest, require_checkpoint
 from megalite.config.loader import load_config
 from megalite.config.schema import ParallelConfig, TrainConfig
-from megalite.errors import CheckpointError
 from megalite.mesh import Mesh, build_mesh
 from megalite.models import Decoder, build_model, materialize
 
@@ -32,9 +31,7 @@ def load_run(run_dir: str, checkpoint: str | None) -> LoadedRun:
     """
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     mesh = build_mesh(ParallelConfig(), device)
-    folder = choose_checkpoint(checkpoint or "auto", Path(run_dir))
-    if folder is None:
-        raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
+    folder = require_checkpoint(checkpoint, Path(run_dir))
     config = load_config(TrainConfig, read_manifest(folder).config)
     model = build_model(config.model, mesh)
     materialize(model, mesh, config.seed)

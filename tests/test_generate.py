@@ -112,12 +112,17 @@ def test_generation_stops_at_the_end_of_the_document_and_of_the_positions(model)
     assert len(texts(model, [5] * 20, end=-1, max_new_tokens=100)) == 4
 
 
-def test_a_run_is_evaluated_as_it_was_in_training(tmp_path):
-    store = write_store(tmp_path / "words")
+def trained(folder):
+    """A store, the configuration of a run of three steps that is evaluated on it, and the run's last row."""
+    store = write_store(folder / "words")
     data = {"train": str(store), "validation": [str(store)], "sequence_length": 32}
     model = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300, "max_sequence_length": 64}
-    config = tiny_config(tmp_path / "run", store, model=model, data=data, trainer={"steps": 3})
-    last = train_on_ranks(config, 1)[-1]
+    config = tiny_config(folder / "run", store, model=model, data=data, trainer={"steps": 3})
+    return store, config, train_on_ranks(config, 1)[-1]
+
+
+def test_a_run_is_evaluated_as_it_was_in_training(tmp_path):
+    store, _, last = trained(tmp_path)
     found = evaluate(EvaluateConfig(run_dir=str(tmp_path / "run")))
     assert found == pytest.approx({key: value for key, value in last.items() if key.startswith("eval/")}, rel=1e-5)
     named = evaluate(EvaluateConfig(run_dir=str(tmp_path / "run"), data=(StoreConfig(path=str(store), name="x"),)))
@@ -131,15 +136,24 @@ def test_a_run_is_evaluated_as_it_was_in_training(tmp_path):
 
 def test_a_checkpoint_is_opened_as_the_model_it_was_saved_from(tmp_path):
     """Not as the one that config.yaml describes, whose activation may have changed since."""
-    store = write_store(tmp_path / "words")
-    data = {"train": str(store), "validation": [str(store)], "sequence_length": 32}
-    model = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300, "max_sequence_length": 64}
-    config = tiny_config(tmp_path / "run", store, model=model, data=data, trainer={"steps": 3})
-    last = train_on_ranks(config, 1)[-1]
+    _, config, last = trained(tmp_path)
     changed = dataclasses.replace(config.model, activation="relu_squared")
     save_config(dataclasses.replace(config, model=changed), tmp_path / "run/config.yaml")
     found = evaluate(EvaluateConfig(run_dir=str(tmp_path / "run")))
     assert found["eval/words/loss"] == pytest.approx(last["eval/words/loss"], rel=1e-5)
+
+
+def test_a_text_that_ends_before_it_was_asked_to_is_said(tmp_path, caplog):
+    trained(tmp_path)
+    load_tokenizer(make_tokenizer(tmp_path)).save(tmp_path / "run/tokenizer")
+    caplog.clear()
+    config = GenerateConfig(run_dir=str(tmp_path / "run"), max_new_tokens=63)
+    next(generate(config))
+    assert not caplog.messages
+    next(generate(dataclasses.replace(config, max_new_tokens=64)))
+    assert caplog.messages == [
+        "max_new_tokens: found 64, but after a prompt of 1 tokens the model has positions for 63: texts end there"
+    ]
 
 
 def test_what_cannot_be_opened_is_one_error(tmp_path):

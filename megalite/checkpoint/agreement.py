@@ -10,8 +10,8 @@ from megalite.errors import CheckpointError
 T = TypeVar("T")
 
 
-def on_rank_0(call: Callable[[], T]) -> T:
-    """Run `call` on rank 0 alone and give its result to every rank; all ranks call this.
+def on_rank_0(verb: str, call: Callable[[], T]) -> T:
+    """Run `call`, which may `verb` a checkpoint, on rank 0 alone and give its result to every rank; all call this.
 
     Its `CheckpointError` is raised on every rank alike, and an `OSError` as one.
     """
@@ -22,7 +22,7 @@ def on_rank_0(call: Callable[[], T]) -> T:
         except CheckpointError as error:
             outcome[1] = str(error)
         except OSError as error:
-            outcome[1] = f"rank 0 could not write a checkpoint: {error}. Is the disk full, or the folder read-only?"
+            outcome[1] = f"rank 0 could not {verb} a checkpoint: {error}. Is the disk full, or the folder not yours?"
     dist.broadcast_object_list(outcome, src=0)
     result, problem = outcome
     if problem:

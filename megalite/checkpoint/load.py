@@ -26,7 +26,7 @@ def agree_on_checkpoint(resume: str, run_dir: Path) -> Path | None:
 
     Raises `CheckpointError` on every rank alike.
     """
-    return on_rank_0(lambda: choose_checkpoint(resume, run_dir))
+    return on_rank_0("read", lambda: choose_checkpoint(resume, run_dir))
 
 
 def load_checkpoint(engine: Engine, folder: Path) -> Counters:
@@ -39,9 +39,9 @@ def load_checkpoint(engine: Engine, folder: Path) -> Counters:
         log.info("continuing from %s with %s", folder.name, note)
     reader = TensorReader(folder, manifest)
     create_moments(engine, manifest.optimizer_step)
-    kinds = {entry.kind for entry in manifest.files}  # imported weights come without moments: they begin at zero
+    kinds = KINDS if manifest.stores else ("weight",)  # imported weights have no moments: they stay zero
     for name, parameter in engine.parameters():
-        for kind in [kind for kind in KINDS if kind in kinds or manifest.stores]:
+        for kind in kinds:
             full = reader.read(kind, name, parameter.shard.shape)  # type: ignore[attr-defined]
             local = parameter.shard.slice(full, engine.mesh.tensor.rank, engine.mesh.tensor.size)  # type: ignore[attr-defined]
             set_tensor(engine, parameter, kind, local)

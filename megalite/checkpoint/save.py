@@ -27,7 +27,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, counters: Counters) -> Path:
     """
     checkpoints = run_dir / "checkpoints"
     rank = engine.mesh.rank
-    temporary = on_rank_0(lambda: create_temporary(checkpoints, counters.step))
+    temporary = on_rank_0("write", lambda: create_temporary(checkpoints, counters.step))
     link_moments(engine)
     parameters = dict(engine.parameters())
     entries: list[FileEntry] = []
@@ -45,7 +45,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, counters: Counters) -> Path:
             except OSError as problem:
                 error = f"rank {rank} could not write a checkpoint file: {problem}"
     manifest = _manifest(engine, counters, gather_lists(entries, error))
-    return on_rank_0(lambda: _publish(temporary, manifest, engine.config.checkpoint.keep))
+    return on_rank_0("write", lambda: _publish(temporary, manifest, engine.config.checkpoint.keep))
 
 
 def _publish(temporary: Path, manifest: Manifest, keep: int) -> Path:

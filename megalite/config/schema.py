@@ -176,6 +176,11 @@ class DataConfig:
     document_attention: bool = False  # attention stays within a document
     document_positions: bool = False  # positions restart with each document
 
+    @property
+    def needs_documents(self) -> bool:
+        """Whether the model must be told which document a token belongs to."""
+        return self.document_attention or self.document_positions
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -18,8 +18,12 @@ def attention_mask(past: int, new: int, window: int | None, device: torch.device
     total = past + new
     if past == 0 and (window is None or window >= total):
         return None
-    rows_S, columns_T = torch.arange(past, total, device=device), torch.arange(total, device=device)
-    distance_ST = rows_S[:, None] - columns_T[None, :]
+    return seen_from(torch.arange(past, total, device=device), total, window)
+
+
+def seen_from(places_S: Tensor, total: int, window: int | None = None) -> Tensor:
+    """True where the tokens at `places_S` may look at each of `total` tokens, (S, T): at those up to themselves."""
+    distance_ST = places_S[:, None] - torch.arange(total, device=places_S.device)
     return (distance_ST >= 0) & (distance_ST < (total if window is None else window))
 
 
@@ -53,7 +57,7 @@ def attend(
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask_ST: Tensor | None, dropout: float, cap: float) -> Tensor:
     if mask_ST is None:
-        mask_ST = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask_ST = seen_from(torch.arange(q.shape[2], device=q.device), k.shape[2])
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask_ST, -torch.inf)
     return F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from megalite.layers.attend import seen_from
+
 aten = torch.ops.aten
 
 
@@ -29,7 +31,7 @@ def block_forward(
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     if _has_flash(q):
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    return plain_forward(q, k, v, causal_block(q, k) if causal else None)
+    return plain_forward(q, k, v, _causal(q, k) if causal else None)
 
 
 def block_backward(
@@ -54,7 +56,7 @@ def block_backward(
         lengths = (None, None, q.shape[2], k.shape[2])
         grads = aten._scaled_dot_product_flash_attention_backward(grad_BHSK, *saved, *lengths, 0.0, causal, zero, zero)
     else:
-        grads = plain_backward(grad_BHSK, *saved, causal_block(q, k) if causal else None)
+        grads = plain_backward(grad_BHSK, *saved, _causal(q, k) if causal else None)
     grad_q, *grads_kv = grads
     # The heads that shared one of k and v add up.
     grad_k, grad_v = (grad.unflatten(1, (k_BGTK.shape[1], -1)).sum(2) for grad in grads_kv)
@@ -78,9 +80,8 @@ def plain_backward(
     return grad_scores @ k, grad_scores.mT @ q, probabilities.to(grad.dtype).mT @ grad
 
 
-def causal_block(q: Tensor, k: Tensor) -> Tensor:
-    """True where query i meets key j <= i."""
-    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+def _causal(q: Tensor, k: Tensor) -> Tensor:
+    return seen_from(torch.arange(q.shape[2], device=q.device), k.shape[2])
 
 
 def _scores(q: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:

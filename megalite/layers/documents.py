@@ -6,7 +6,10 @@ Legend: B batch, S tokens of a sequence, or those asked about, T tokens attended
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megalite.layers.attend import seen_from
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,13 @@ class Documents:
         if not self.attention:
             return seen_ST
         if seen_ST is None:
-            seen_ST = rows_S[:, None] >= torch.arange(self.ids_BT.shape[1], device=rows_S.device)
-        return (seen_ST & self.same(rows_S, slice(None)))[:, None]
-
-    def same(self, rows_S: Tensor, columns: Tensor | slice) -> Tensor:
-        """True where the tokens at `rows_S` and at `columns` are of one document, (B, S, T)."""
-        return self.ids_BT[:, rows_S, None] == self.ids_BT[:, None, columns]
+            seen_ST = seen_from(rows_S, self.ids_BT.shape[1])
+        same_BST = self.ids_BT[:, rows_S, None] == self.ids_BT[:, None, :]
+        return (seen_ST & same_BST)[:, None]
 
     def padded(self, count: int) -> "Documents":
         """With `count` tokens behind the end, of a document of their own."""
-        ids_BT = torch.nn.functional.pad(self.ids_BT, (0, count), value=-1)
+        ids_BT = F.pad(self.ids_BT, (0, count), value=-1)
         return Documents(ids_BT, self.attention, self.positions)
 
 

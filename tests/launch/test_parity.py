@@ -1,5 +1,7 @@
 """`megalite parity` on real ranks: layouts agree, planted bugs are named, what cannot run is refused with a reason."""
 
+import os
+
 import pytest
 import torch
 
@@ -104,3 +106,12 @@ def test_the_command(capsys):
         command.parity(["parallel.tensors=2"])
     assert command.parity(["model=tiny", "parallel.tensor=3"]) == 1
     assert "refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gpus", "hidden"), [(1, True), (4, False), (0, False)])
+def test_with_fewer_gpus_than_processes_everything_runs_on_the_cpu(monkeypatch, caplog, gpus, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "before")
+    monkeypatch.setattr(command, "count_gpus", lambda: gpus)
+    command._without_gpus(4)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "before")
+    assert bool(caplog.messages) == hidden
