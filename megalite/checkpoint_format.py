@@ -202,7 +202,7 @@ def choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
 
 
 def require_checkpoint(checkpoint: str | None, run_dir: Path) -> Path:
-    """The verified checkpoint at `checkpoint`, or the newest of the run. Raises `CheckpointError` when there is none."""
+    """The verified checkpoint at `checkpoint`, or the run's newest. Raises `CheckpointError` when there is none."""
     folder = choose_checkpoint(checkpoint or "auto", run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
