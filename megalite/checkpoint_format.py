@@ -4,8 +4,9 @@
                                       weight-00000.safetensors  exp_avg-00000.safetensors  exp_avg_sq-00000.safetensors
     run_dir/checkpoints/latest        the name of the newest, for people; the program looks at the manifests
 
-Tensors have their logical (unsharded, unpadded) shapes and fp32 values. A checkpoint is written under a temporary name,
-every file synced to disk, the manifest last, and renamed when whole, so a directory with the final name is complete.
+Tensors have their logical (unsharded, unpadded) shapes and fp32 values; imported norm weights fp64. A checkpoint is
+written under a temporary name, every file synced to disk, the manifest last, and renamed when whole, so a directory
+with the final name is complete.
 The manifest holds the digest of every file, and one of itself.
 """
 

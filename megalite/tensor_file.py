@@ -12,17 +12,17 @@ from pathlib import Path
 
 import xxhash
 
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class TensorFileWriter:
     """Writes the tensors that the header announces, in its order; use as a context manager."""
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str):
-        """`shapes` by name, in the order in which they will be written; `dtype`: F32, F16 or BF16."""
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
+        """`tensors`: dtype (a key of `DTYPE_BYTES`) and shape by name, in the order in which they will be written."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         start = 0
-        for name, shape in shapes.items():
+        for name, (dtype, shape) in tensors.items():
             end = start + DTYPE_BYTES[dtype] * math.prod(shape)
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
             start = end

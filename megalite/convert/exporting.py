@@ -12,7 +12,9 @@ from megalite.checkpoint.load import TensorReader
 from megalite.checkpoint_format import read_manifest
 from megalite.config.loader import load_config
 from megalite.config.schema import ModelConfig, TrainConfig
-from megalite.convert.families import Family, family_for
+from megalite.convert.families import family_for
+from megalite.convert.family import Family
+from megalite.convert.fast_tokenizer import fast_tokenizer
 from megalite.convert.tensors import (
     CONFIG,
     DTYPES,
@@ -28,7 +30,8 @@ from megalite.convert.tensors import (
 from megalite.data.files import new_directory, write_synced
 from megalite.layers.shard import Shard
 from megalite.tensor_file import TensorFileWriter
-from megalite.tokenizer import load_tokenizer
+from megalite.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megalite.tokenizer.base import GPT2_FILES, HF_JSON, SP_MODEL
 
 SHARD_BYTES = 5_000_000_000  # of a file
 
@@ -51,20 +54,20 @@ def export_model(checkpoint: Path, output: Path, precision: str | None, tokenize
         files = list(planned_files(family.rules(model), shards, element_bytes, SHARD_BYTES))
         for number, rules in enumerate(files, start=1):
             name = WEIGHTS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            shapes = {part: shape for rule in rules for part, shape in part_shapes(rule, shards[rule.name])}
-            with TensorFileWriter(temporary / name, shapes, code) as file:
+            contents = {part: (code, shape) for rule in rules for part, shape in part_shapes(rule, shards[rule.name])}
+            with TensorFileWriter(temporary / name, contents) as file:
                 for rule in rules:
                     tensor = reader.read("weight", rule.name, shards[rule.name].shape)
                     for part in to_parts(rule, tensor, shards[rule.name]):
                         file.write(bytes_of(part.to(dtype)))
-            names |= dict.fromkeys(shapes, name)
+            names |= dict.fromkeys(contents, name)
         if len(files) > 1:
             index = {"metadata": {"total_size": _total_elements(shards) * element_bytes}, "weight_map": names}
             write_synced(temporary / INDEX, json.dumps(index, indent=2) + "\n")
         write_synced(temporary / CONFIG, _config_text(family, model, precision, end))
         write_synced(temporary / "generation_config.json", json.dumps({"eos_token_id": end}, indent=2) + "\n")
         if tokenizer:
-            _export_tokenizer(tokenizer, temporary)
+            export_tokenizer(tokenizer, temporary)
     return family
 
 
@@ -86,13 +89,16 @@ def _config_text(family: Family, model: ModelConfig, precision: str, end: int | 
     return json.dumps(values, indent=2) + "\n"
 
 
-def _export_tokenizer(tokenizer: Path, output: Path) -> None:
+def export_tokenizer(folder: Path, output: Path) -> None:
     """The run's tokenizer under the names that transformers reads."""
-    end = load_tokenizer(tokenizer).end_of_document_text
+    tokenizer = load_tokenizer(folder)
     for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file() and name != "tokenizer_config.json":
-            shutil.copy(tokenizer / name, output / name)
-    fast = (output / "tokenizer.json").is_file()
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast" if fast else "LlamaTokenizer"}
+        if (folder / name).is_file() and name != "tokenizer_config.json":
+            shutil.copy(folder / name, output / name)
+    if isinstance(tokenizer, SentencePieceTokenizer) and (text := fast_tokenizer(tokenizer)):
+        write_synced(output / HF_JSON, text + "\n")
+    classes = {HF_JSON: "PreTrainedTokenizerFast", GPT2_FILES[1]: "GPT2Tokenizer", SP_MODEL: "LlamaTokenizer"}
+    end = tokenizer.end_of_document_text
+    values: dict[str, Any] = {"tokenizer_class": next(classes[name] for name in classes if (output / name).is_file())}
     values |= {"eos_token": end, "bos_token": end, "add_bos_token": False, "add_eos_token": False, "legacy": False}
     write_synced(output / "tokenizer_config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")

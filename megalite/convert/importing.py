@@ -16,7 +16,8 @@ from megalite.checkpoint_format import FileEntry, Manifest, commit, create_tempo
 from megalite.config.compose import config_values, save_config
 from megalite.config.loader import load_config
 from megalite.config.schema import ModelConfig, TrainConfig
-from megalite.convert.families import Rule, family_of, read_model
+from megalite.convert.families import family_of, read_model
+from megalite.convert.family import Rule
 from megalite.convert.tensors import (
     CONFIG,
     DTYPES,
@@ -28,6 +29,7 @@ from megalite.convert.tensors import (
     logical_shards,
     part_shapes,
     planned_files,
+    stored_dtype,
 )
 from megalite.data.files import new_directory
 from megalite.errors import CheckpointError, ConfigError, DataError
@@ -129,16 +131,18 @@ def _write_weights(
 ) -> Iterator[FileEntry]:
     for number, group in enumerate(planned_files((rules[name] for name in shards), shards, 4, FILE_BYTES)):
         name = f"weight-{number:05d}.safetensors"
-        shapes = {rule.name: shards[rule.name].shape for rule in group}
-        with TensorFileWriter(folder / name, shapes, "F32") as file:
+        contents = {rule.name: (stored_dtype(rule), shards[rule.name].shape) for rule in group}
+        with TensorFileWriter(folder / name, contents) as file:
             for rule in group:
                 wanted = dict(part_shapes(rule, shards[rule.name]))
                 for part in rule.parts:
                     tensor = weights.read(part)
                     if tuple(tensor.shape) != wanted[part]:
                         raise CheckpointError(f"{part} is {tuple(tensor.shape)}, {CONFIG} says {wanted[part]}")
+                    if not torch.isfinite(tensor).all():
+                        raise CheckpointError(f"{part} holds infinities or NaNs: no model to train or to run")
                     file.write(bytes_of(from_part(rule, tensor)))
-        tensors = {key: list(shape) for key, shape in shapes.items()}
+        tensors = {key: list(shape) for key, (_, shape) in contents.items()}
         yield FileEntry(name=name, kind="weight", num_bytes=file.num_bytes, digest=file.digest, tensors=tensors)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megalite.config.schema import ModelConfig
-from megalite.convert.families import Rule
+from megalite.convert.family import Rule
 from megalite.layers.shard import Shard, shard_of
 from megalite.mesh import single_mesh
 from megalite.models import build_model, named_logical_parameters
@@ -24,15 +24,20 @@ def logical_shards(model: ModelConfig) -> dict[str, Shard]:
     return {name: shard_of(parameter) for name, parameter in named_logical_parameters(meta)}
 
 
+def stored_dtype(rule: Rule) -> str:
+    """What an imported tensor is stored in: fp32; a distance from one in fp64, where it is exact down to 2^-29."""
+    return "F64" if rule.from_one else "F32"
+
+
 def from_part(rule: Rule, tensor: Tensor) -> Tensor:
-    """Our values, fp32, of one of the tensors that a logical one is fused from."""
-    tensor = tensor.float()
-    tensor = tensor.t() if rule.transposed else tensor
-    return tensor - 1 if rule.from_one else tensor
+    """Our values, in `stored_dtype`, of one of the tensors that a logical one is fused from."""
+    if rule.from_one:
+        return tensor.double() - 1
+    return tensor.float().t() if rule.transposed else tensor.float()
 
 
 def to_parts(rule: Rule, tensor: Tensor, shard: Shard) -> Iterator[Tensor]:
-    """Their tensors of a logical one, fp32."""
+    """Their tensors of a logical one, in its precision."""
     tensor = tensor + 1 if rule.from_one else tensor
     pieces = tensor.split(list(shard.parts)) if len(rule.parts) > 1 else (tensor,)
     for piece in pieces:

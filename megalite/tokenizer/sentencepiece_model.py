@@ -1,6 +1,6 @@
 """SentencePiece models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ SP_SPACE = "\u2581"  # SentencePiece's stand-in for a space inside pieces
 class SentencePieceTokenizer:
     """A SentencePiece model.
 
-    Its stand-in for a space, U+2581, would come back as a space when a text holds it. Where the model is otherwise
-    lossless (identity normalisation, byte fallback, no dummy prefix) that character is spelled in byte pieces instead,
-    so that every text comes back exactly.
+    Its stand-in for a space, U+2581, would come back as a space when a text holds it. Where the model is `lossless`
+    otherwise (identity normalisation, byte fallback, no dummy prefix) that character is spelled in byte pieces, so that
+    every text comes back exactly.
     """
 
     def __init__(self, path: Path):
@@ -31,7 +31,7 @@ class SentencePieceTokenizer:
         self.end_of_document_text = self._model.id_to_piece(self.end_of_document)
         self.unknown = self._model.unk_id()
         self._space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SP_SPACE.encode()]
-        self._lossless = self._is_lossless()
+        self.lossless = self._is_lossless()
 
     @cached_property
     def digest(self) -> str:
@@ -46,7 +46,7 @@ class SentencePieceTokenizer:
         """See `Tokenizer`."""
         for text in texts:
             check_text(text)
-        if not (self._lossless and any(SP_SPACE in text for text in texts)):
+        if not (self.lossless and any(SP_SPACE in text for text in texts)):
             return self._model.encode(list(texts), num_threads=1)
         return [self._encode_around_space_marks(text) for text in texts]
 
@@ -57,13 +57,20 @@ class SentencePieceTokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """See `Tokenizer`."""
         ids = [i for i in ids if not self._model.is_control(i)]
-        if self._lossless:
+        if self.lossless:
             return b"".join(self._piece_bytes[i] for i in ids)
         return self._model.decode(ids).encode()
 
     def save(self, folder: Path) -> None:
         """See `Tokenizer`."""
         save_files(folder, {SP_MODEL: self._data}, config_text("sentencepiece", self))
+
+    def pieces(self) -> Iterator[tuple[str, float, str]]:
+        """Text, score and kind (control, unknown, byte, normal) of every piece, by id."""
+        model = self._model
+        for i in range(self.vocab_size):
+            kinds = {"control": model.is_control(i), "unknown": model.is_unknown(i), "byte": model.is_byte(i)}
+            yield model.id_to_piece(i), model.get_score(i), next((kind for kind, so in kinds.items() if so), "normal")
 
     @cached_property
     def _piece_bytes(self) -> list[bytes]:

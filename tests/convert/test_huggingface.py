@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint import load_model
 from megalite.config.schema import EvaluateConfig, GenerateConfig, ModelConfig, ParallelConfig
-from megalite.convert.exporting import export_model
+from megalite.convert.exporting import export_model, export_tokenizer
 from megalite.convert.families import FAMILIES, family_for, read_model
 from megalite.convert.importing import import_model
 from megalite.errors import CheckpointError, ConfigError, DataError
@@ -20,7 +20,8 @@ from megalite.launch.cli import main
 from megalite.mesh import build_mesh
 from megalite.models import build_model, materialize
 from megalite.runs import load_run
-from tests.data_tools.corpora import make_tokenizer
+from megalite.tokenizer import load_tokenizer
+from tests.data_tools.corpora import make_tokenizer, texts
 from tests.models.configs import GEMMA, MIXED
 from tests.ranks import run_ranks
 from tests.runs import tiny_config, train_on_ranks, write_store
@@ -99,8 +100,8 @@ def test_logits_in_and_out(saved, tmp_path):
     assert (found - wanted).abs().max().item() <= 1e-5 * max(1, wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_round_trip_in_half_precision_is_bit_identical(saved, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_round_trip_is_bit_identical(saved, tmp_path, dtype):
     model, folder = saved
     model.to(dtype).save_pretrained(folder)
     import_model(folder, tmp_path / "run")
@@ -166,6 +167,7 @@ def test_export_in_several_files(tmp_path, monkeypatch):
         (lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight"), r"1 missing \(first model\.layers\.2\."),
         (lambda weights: weights.update(extra=torch.ones(1)), r"1 without a place \(first extra\)"),
         (lambda weights: weights.update({"model.norm.weight": torch.ones(2)}), r"norm\.weight is \(2,\), .* \(48,\)"),
+        (lambda weights: weights["model.norm.weight"].fill_(float("nan")), r"model\.norm\.weight holds infinities or"),
         (lambda weights: weights.update({"lm_head.weight": torch.ones(301, 48, dtype=torch.int8)}), "known: fp32, bf"),
     ],
 )
@@ -186,6 +188,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type is 'longrope'"),
         ({"mlp_bias": True}, "attention_bias and mlp_bias differ"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; known: None"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "scale_attn_weights is False; known: True"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "by_inverse_layer_idx is True; known: False"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; known: False"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True; known: False"),
         ({"num_hidden_layers": None}, r"model\.num_layers"),
     ],
 )
@@ -214,6 +222,18 @@ def test_folders_that_hold_no_model(tmp_path):
 def test_a_model_that_transformers_does_not_have_is_refused(model, key):
     with pytest.raises(ConfigError, match=rf"no model of transformers .* nearest, \w+, differs in .*{key}"):
         family_for(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_file_leaves_out_is_what_transformers_takes(name):
+    """Files of older versions lack keys; each family has defaults of its own."""
+    family, _ = MODELS[name]
+    config = getattr(transformers, f"{family}Config")()
+    wanted = read_model(config.to_dict())
+    own = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+    own |= {"max_position_embeddings", "model_type", "n_positions", "n_embd", "n_layer", "n_head"}
+    left = {key: value for key, value in config.to_dict().items() if key in own}
+    assert read_model(left) == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
@@ -247,12 +267,27 @@ def test_a_run_trains_on_from_imported_weights_and_is_exported_with_its_tokenize
     assert evaluated["eval/words/loss"] == pytest.approx(rows[-1]["eval/words/loss"], rel=1e-5)
     shutil.copytree(make_tokenizer(tmp_path), run_dir / "tokenizer")
     assert main(["export", f"run_dir={run_dir}", f"output={out}"]) == 0
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
+    wanted = {"config.json", "generation_config.json", "model.safetensors"}
+    wanted |= {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in out.iterdir()} == wanted
     model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     run = load_run(str(run_dir), None)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens()).logits, run.model(tokens()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("sp_bpe", 600), ("sp_unigram", 550)])
+def test_transformers_reads_an_exported_sentencepiece_model_as_we_do(tmp_path, kind, size):
+    """Its own `LlamaTokenizer` of the bare model file puts a space before every text."""
+    folder, out = make_tokenizer(tmp_path, size, type=kind), tmp_path / "out"
+    out.mkdir()
+    export_tokenizer(folder, out)
+    ours, again = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(out)
+    assert again.eos_token_id == ours.end_of_document
+    for text in ["", " a  river\n\tthat ", "émoji 😀 \x00", *texts()[:60]]:
+        ids = again.encode(text, add_special_tokens=False)
+        assert ids == ours.encode(text)
+        assert again.decode(ids) == text
 
 
 def test_which_checkpoint_is_exported(tmp_path, capsys):
