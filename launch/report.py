@@ -3,7 +3,7 @@
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,7 +74,7 @@ def _facts(config: TrainConfig, rows: Sequence[Mapping[str, Any]], run_dir: Path
     from megalite.metrics.progress import human_count, human_time
     from megalite.models.counts import count_parameters
 
-    model, engine = config.model, config.engine
+    model = config.model
     facts = [
         ("Parameters", f"{human_count(count_parameters(model))}"),
         (
@@ -84,7 +84,7 @@ def _facts(config: TrainConfig, rows: Sequence[Mapping[str, Any]], run_dir: Path
         ),
         ("Batch", f"{config.trainer.global_batch_size:,} sequences × {config.data.sequence_length:,} tokens"),
         ("Optimizer", f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {config.schedule.name}"),
-        ("Layout", f"tensor {config.parallel.tensor}, ZeRO {engine.zero_stage}, {engine.precision}"),
+        ("Layout", ", ".join(_layout(config))),
     ]
     training = [row for row in rows if row.get("loss") is not None]
     if training:
@@ -98,6 +98,19 @@ def _facts(config: TrainConfig, rows: Sequence[Mapping[str, Any]], run_dir: Path
             ("Skipped steps", f"{last.get('skipped_steps') or 0:,}"),
         ]
     return [*facts, ("Run directory", str(run_dir))]
+
+
+def _layout(config: TrainConfig) -> Iterator[str]:
+    parallel, engine = config.parallel, config.engine
+    yield f"tensor {parallel.tensor}" + (" and sequence" if parallel.tensor > 1 and parallel.sequence else "")
+    if parallel.context > 1:
+        yield f"context {parallel.context} ({parallel.context_method})"
+    yield f"ZeRO {engine.zero_stage}"
+    yield engine.precision
+    if engine.recompute != "none":
+        yield f"recompute {engine.recompute}"
+    if engine.compile:
+        yield "compiled"
 
 
 def _loss_or_infinity(row: Mapping[str, Any]) -> float:

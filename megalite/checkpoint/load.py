@@ -68,7 +68,7 @@ class TensorReader:
         self._open: dict[str, Any] = {}
 
     def read(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """One logical tensor on the CPU, fp32 or wider. Raises `CheckpointError` for one missing or of another shape."""
+        """One logical CPU tensor, fp32 or wider. Raises `CheckpointError` for one missing or of another shape."""
         file = self._manifest.location(kind, name)
         try:
             if file not in self._open:

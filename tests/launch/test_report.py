@@ -34,6 +34,7 @@ def run_dir(tmp_path):
     folder.mkdir()
     config = compose_train(
         ["data.train=https://me:canary@host/store", "run_name=nasty<b>", "trainer.steps=200", "model.vocab_size=512"]
+        + ["parallel.tensor=2", "parallel.context=2", "parallel.context_method=ring", "engine.recompute=full"]
     )
     save_config(config, folder / "config.yaml")
     sink = JsonlSink(folder / "metrics.jsonl", 0)
@@ -64,6 +65,7 @@ def test_the_page_shows_the_run(run_dir):
         "nasty<b>",
         "100 of 200 steps, 50% done",
         "3.0000, best 3.0000 at step 100",
+        "tensor 2 and sequence, context 2 (ring), ZeRO 1, auto, recompute full",
         "10k",  # tokens
         "1m 00s",  # 100 steps of 0.6 s
         "1k tokens/s (median)",
