@@ -32,10 +32,9 @@ class Page(HTMLParser):
 def run_dir(tmp_path):
     folder = tmp_path / "a run"
     folder.mkdir()
-    config = compose_train(
-        ["data.train=https://me:canary@host/store", "run_name=nasty<b>", "trainer.steps=200", "model.vocab_size=512"]
-        + ["parallel.tensor=2", "parallel.context=2", "parallel.context_method=ring", "engine.recompute=full"]
-    )
+    layout = ["parallel.tensor=2", "parallel.context=2", "parallel.context_method=ring", "engine.recompute=full"]
+    run = ["data.train=https://me:canary@host/store", "run_name=nasty<b>", "trainer.steps=200", "model.vocab_size=512"]
+    config = compose_train([*run, *layout])
     save_config(config, folder / "config.yaml")
     sink = JsonlSink(folder / "metrics.jsonl", 0)
     for step in range(1, 101):
