@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megalite.config.schema import DataBuildConfig
+from megalite.config.schema_data import DataBuildConfig
 from megalite.config.validate_commands import validate_data_build
 from megalite.data.files import new_directory, write_synced
 from megalite.data.writer import StoreWriter

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from megalite.config.schema import ReaderConfig
+from megalite.config.schema_data import ReaderConfig
 from megalite.errors import DataError
 
 Row = tuple[str, "dict[str, Any] | BadRowError"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalite.config.schema import ReaderConfig
+from megalite.config.schema_data import ReaderConfig
 from megalite.errors import ConfigError, DataError
 from megalite.log import get_logger
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from megalite.config.schema import TokenizerConfig, TokenizerTrainConfig
+from megalite.config.schema_data import TokenizerConfig, TokenizerTrainConfig
 from megalite.config.validate_commands import validate_tokenizer_train
 from megalite.data.files import new_directory, write_synced
 from megalite.errors import ConfigError, DataError, ResourceError

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megalite.config.compose import compose_config
-from megalite.config.schema import DataBuildConfig
+from megalite.config.schema_data import DataBuildConfig
 from megalite.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from megalite.config.schema import ReaderConfig, TokenizerConfig, TokenizerTrainConfig
+from megalite.config.schema_data import ReaderConfig, TokenizerConfig, TokenizerTrainConfig
 from megalite.errors import ConfigError
 from megalite.tokenizer import load_tokenizer
 

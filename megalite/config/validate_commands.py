@@ -4,14 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import get_args
 
-from megalite.config.schema import (
-    DataBuildConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    Split,
-    TokenizerTrainConfig,
-)
+from megalite.config.schema import DoctorConfig, EvaluateConfig, GenerateConfig
+from megalite.config.schema_data import DataBuildConfig, Split, TokenizerTrainConfig
 from megalite.config.validate import same_source_rules
 from megalite.errors import ConfigError
 

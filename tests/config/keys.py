@@ -5,13 +5,13 @@ import types
 import typing
 from typing import Any
 
-from megalite.config import schema
+from megalite.config import schema, schema_data
 
 # Command's YAML in conf/ -> its dataclass, and the overrides without which it does not load.
 PRIMARY = {
     "train": (schema.TrainConfig, ["data.train=store"]),
-    "tokenizer_train": (schema.TokenizerTrainConfig, ["input=in", "output=out"]),
-    "data_build": (schema.DataBuildConfig, ["input=in", "output=out", "tokenizer.path=tok"]),
+    "tokenizer_train": (schema_data.TokenizerTrainConfig, ["input=in", "output=out"]),
+    "data_build": (schema_data.DataBuildConfig, ["input=in", "output=out", "tokenizer.path=tok"]),
     "eval": (schema.EvaluateConfig, ["run_dir=run"]),
     "generate": (schema.GenerateConfig, ["run_dir=run"]),
     "report": (schema.ReportConfig, ["run_dir=run"]),

@@ -8,7 +8,7 @@ import torch
 from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from megalite.config import schema
+from megalite.config import schema, schema_data
 from megalite.config.validate_layout import DS_DERIVED, DS_OVERRIDES
 from megalite.data_tools.formats import FORMATS
 from megalite.data_tools.tokenizer_training import MODEL_TYPES
@@ -36,8 +36,8 @@ BATCH = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4}
         (schema.OptimizerConfig, "name", OPTIMIZERS),
         (schema.ScheduleConfig, "name", SCHEDULES),
         (schema.EngineConfig, "precision", {"auto", *DTYPES}),
-        (schema.TokenizerConfig, "type", MODEL_TYPES),
-        (schema.ReaderConfig, "format", {"auto", *FORMATS}),
+        (schema_data.TokenizerConfig, "type", MODEL_TYPES),
+        (schema_data.ReaderConfig, "format", {"auto", *FORMATS}),
     ],
 )
 def test_the_schema_names_what_can_be_built(cls, name, table):

@@ -5,7 +5,7 @@ import typing
 import pytest
 import yaml
 
-from megalite.config import schema
+from megalite.config import schema, schema_data
 from megalite.config.compose import (
     compose_config,
     compose_train,
@@ -137,7 +137,7 @@ def test_the_groups_are_found():
         *("experiment", "model", "parallel", "engine", "objective", "optimizer", "schedule", "launch"),
     }
     assert {"tiny", "gpt2_124m", "llama_70b"} <= set(groups["model"])
-    assert group_choices(schema.DataBuildConfig) == {}
+    assert group_choices(schema_data.DataBuildConfig) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from megalite.config import schema
+from megalite.config import schema, schema_data
 from megalite.config.help import describe_groups, describe_keys
 from tests.config.keys import PRIMARY, leaf_keys
 
@@ -25,7 +25,7 @@ def test_lines_show_the_default_of_the_command_the_type_and_the_comment():
     assert "trainer.stop_after=null  (int or null)  # stop and save at this step" in "\n".join(lines)
     assert "data.train=???  (list of path, or {path, weight, name})" in lines
     assert any(line.startswith("model.rotary_scaling=null  ({method, factor, ") for line in lines)
-    assert "input=???  (list of text)" in "\n".join(describe_keys(schema.DataBuildConfig, "data_build"))
+    assert "input=???  (list of text)" in "\n".join(describe_keys(schema_data.DataBuildConfig, "data_build"))
 
 
 def test_groups_show_their_options():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megalite.config import schema
+from megalite.config import schema, schema_data
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import (
     validate_data_build,
@@ -215,11 +215,11 @@ def test_padded_vocabulary(size, padded):
     assert padded_vocab_size(size) == padded
 
 
-TOKENIZER = schema.TokenizerTrainConfig(
-    input=("x",), output="y", tokenizer=schema.TokenizerConfig(), reader=schema.ReaderConfig()
+TOKENIZER = schema_data.TokenizerTrainConfig(
+    input=("x",), output="y", tokenizer=schema_data.TokenizerConfig(), reader=schema_data.ReaderConfig()
 )
-BUILD = schema.DataBuildConfig(
-    input=("x",), output="y", tokenizer=schema.StoreTokenizerConfig(path="t"), reader=schema.ReaderConfig()
+BUILD = schema_data.DataBuildConfig(
+    input=("x",), output="y", tokenizer=schema_data.StoreTokenizerConfig(path="t"), reader=schema_data.ReaderConfig()
 )
 GENERATE = schema.GenerateConfig(run_dir="x")
 EVALUATE = schema.EvaluateConfig(run_dir="x")

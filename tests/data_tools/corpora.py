@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from megalite.config.schema import (
+from megalite.config.schema_data import (
     DataBuildConfig,
     ReaderConfig,
     StoreTokenizerConfig,

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megalite.config.schema import ReaderConfig
+from megalite.config.schema_data import ReaderConfig
 from megalite.data.format import TokenStore
 from megalite.data_tools.building import build_store
 from megalite.data_tools.inspection import inspect_documents, store_tokenizer, verify_stores
@@ -280,7 +280,7 @@ def test_killed_builder_leaves_temporary_names_and_no_process(tmp_path, tokenize
 
 ENDLESS_BUILD = """
 import itertools, sys
-from megalite.config.schema import DataBuildConfig, ReaderConfig, StoreTokenizerConfig
+from megalite.config.schema_data import DataBuildConfig, ReaderConfig, StoreTokenizerConfig
 from megalite.data_tools import building
 from megalite.data_tools.readers import Document
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megalite.config.schema import ReaderConfig
+from megalite.config.schema_data import ReaderConfig
 from megalite.data_tools.readers import Document, ReadReport, find_files, iter_documents
 from megalite.errors import ConfigError, DataError
 from tests.data_tools.corpora import TRICKY, write_jsonl

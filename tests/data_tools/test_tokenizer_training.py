@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.config.schema import ReaderConfig, TokenizerConfig, TokenizerTrainConfig
+from megalite.config.schema_data import ReaderConfig, TokenizerConfig, TokenizerTrainConfig
 from megalite.data_tools.tokenizer_training import TrainingSample, train_tokenizer
 from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.tokenizer import load_tokenizer
