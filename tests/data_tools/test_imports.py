@@ -5,14 +5,14 @@ import sys
 CODE = """
 import importlib, json, pkgutil, sys, time
 import megalite
-start = time.perf_counter()
+start = time.process_time()
 import megalite.data_tools
-package = time.perf_counter() - start
+package = time.process_time() - start
 names = [m.name for m in pkgutil.walk_packages(megalite.data_tools.__path__, "megalite.data_tools.")]
 for name in names:
     if not name.endswith("sample_corpus.make"):  # a script of its own, which needs pyarrow at once
         importlib.import_module(name)
-print(json.dumps([names, package, time.perf_counter() - start, sorted(sys.modules)]))
+print(json.dumps([names, package, time.process_time() - start, sorted(sys.modules)]))
 """
 
 
