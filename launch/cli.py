@@ -7,19 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import megalite
-from megalite.config import schema
+from megalite.config import schema, schema_data
 from megalite.config.help import describe_groups, describe_keys
 from megalite.errors import EXIT_CONFIG, EXIT_OK, MegaliteError
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand. `config` names the dataclass in megalite.config.schema whose keys it takes, and its YAML."""
+    """One subcommand. `config`: the dataclass whose keys it takes, and the name of its YAML."""
 
     function: str  # module:function, called with the arguments after the subcommand's name
     summary: str
     example: str
-    config: tuple[str, str] | None = None
+    config: tuple[type, str] | None = None
     notes: str = ""
 
 
@@ -28,13 +28,13 @@ COMMANDS = {
         "tokenizer:train",
         "train a tokenizer on raw text",
         "megalite tokenizer train input=books/*.txt output=tokenizers/books tokenizer.vocab_size=8192",
-        ("TokenizerTrainConfig", "tokenizer_train"),
+        (schema_data.TokenizerTrainConfig, "tokenizer_train"),
     ),
     "data build": Command(
         "data:build",
         "turn raw text into a token store",
         "megalite data build input=books/*.txt output=stores/books tokenizer.path=tokenizers/books",
-        ("DataBuildConfig", "data_build"),
+        (schema_data.DataBuildConfig, "data_build"),
     ),
     "data verify": Command(
         "data:verify",
@@ -53,49 +53,51 @@ COMMANDS = {
         "commands:train",
         "train a model; the same command again continues",
         "megalite train model=gpt2_124m data.train=stores/books/train/books parallel=tp2 launch.nproc_per_node=4",
-        ("TrainConfig", "train"),
+        (schema.TrainConfig, "train"),
         notes="--cfg prints the configuration, composed and checked, as YAML and ends.",
     ),
     "eval": Command(
         "commands:evaluate",
         "loss, perplexity and bits per byte of a checkpoint",
         "megalite eval run_dir=outputs/quickstart",
-        ("EvaluateConfig", "eval"),
+        (schema.EvaluateConfig, "eval"),
     ),
     "generate": Command(
         "commands:generate",
         "let a checkpoint write",
         'megalite generate run_dir=outputs/quickstart prompt="ROMEO:" temperature=0.8',
-        ("GenerateConfig", "generate"),
+        (schema.GenerateConfig, "generate"),
     ),
     "import": Command(
         "commands:import_weights",
         "weights of Hugging Face into a run directory at step 0",
         "megalite import hf=models/llama output=outputs/llama",
-        ("ImportConfig", "import"),
+        (schema.ImportConfig, "import"),
         notes="To train on from there: megalite train run_dir=outputs/llama model=... data.train=...",
     ),
     "export": Command(
         "commands:export_weights",
         "a checkpoint as a folder that transformers loads",
         "megalite export run_dir=outputs/quickstart output=models/quickstart",
-        ("ExportConfig", "export"),
+        (schema.ExportConfig, "export"),
     ),
     "report": Command(
         "report:report",
         "draw a run's curves into report.html",
         "megalite report run_dir=outputs/quickstart",
-        ("ReportConfig", "report"),
+        (schema.ReportConfig, "report"),
     ),
     "parity": Command(
         "parity:parity",
         "does a layout change the numbers of my model?",
         "megalite parity model=llama_8b parallel.tensor=1,2 engine.zero_stage=0,1,3",
-        ("TrainConfig", "train"),
+        (schema.TrainConfig, "train"),
         notes="The model is made small (2 layers, width 128, vocabulary 500, dropout 0), with all its switches. No\n"
         "data is read. parallel.* and engine.* take several values with commas: all combinations are tried.",
     ),
-    "doctor": Command("doctor:doctor", "is this machine fit to run?", "megalite doctor", ("DoctorConfig", "doctor")),
+    "doctor": Command(
+        "doctor:doctor", "is this machine fit to run?", "megalite doctor", (schema.DoctorConfig, "doctor")
+    ),
 }
 
 
@@ -161,7 +163,7 @@ def _help(name: str) -> str:
     if command.notes:
         lines += ["", command.notes]
     if command.config:
-        cls, primary = getattr(schema, command.config[0]), command.config[1]
+        cls, primary = command.config
         if groups := describe_groups(cls):
             lines += ["", "groups (each option is a file of keys in conf/):", *groups]
         lines += ["", f"keys (defaults; conf/{primary}.yaml):", *describe_keys(cls, primary)]
