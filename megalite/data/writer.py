@@ -103,20 +103,44 @@ class StoreWriter:
         """
         ids = np.asarray(tokens, dtype=np.int64)
         self._check_ids(ids, self.vocab_size)
-        stored = np.append(ids, self.end_of_document).astype(DTYPES[self._dtype])
-        full = self._open_shard_tokens + len(stored) > self.shard_tokens
-        if not self._shards or (full and self._open_shard_tokens > 0):
-            if self._shards:
-                self._shards[-1].close()
-            self._shards.append(_DigestedFile(self._temporary, f"tokens_{len(self._shards):05d}.bin"))
-            self._open_shard_tokens = 0
-        self._shards[-1].write(stored)
-        self._open_shard_tokens += len(stored)
-        self.num_tokens += len(stored)
-        self.num_documents += 1
-        self.num_bytes += num_bytes
-        self._offsets.write(np.array([self.num_tokens], OFFSET_DTYPE))
-        self._bytes.write(np.array([num_bytes], OFFSET_DTYPE))
+        self.add_documents(np.append(ids, self.end_of_document), np.array([len(ids) + 1]), np.array([num_bytes]))
+
+    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[Any], num_bytes: NDArray[Any]) -> None:
+        """Append documents side by side: `tokens` with their end-of-document tokens in place.
+
+        `lengths`: tokens of each document, its end included; `num_bytes`: UTF-8 bytes of each one's text, both
+        [documents]. Raises `DataError` for ids outside the vocabulary and for a document without its end.
+        """
+        ends = np.cumsum(lengths, dtype=np.int64)
+        if not len(ends):
+            return
+        if int(np.min(lengths)) < 1 or int(ends[-1]) != len(tokens) or np.any(tokens[ends - 1] != self.end_of_document):
+            raise DataError(f"{self.path}: documents do not end with the end-of-document token {self.end_of_document}")
+        self._check_ids(tokens, self.vocab_size)
+        stored = tokens.astype(DTYPES[self._dtype], copy=False)
+        first = 0  # of the documents that are not written yet
+        while first < len(ends):
+            start = int(ends[first - 1]) if first else 0
+            room = self.shard_tokens - self._open_shard_tokens
+            last = int(np.searchsorted(ends, start + room, side="right"))  # the first that does not fit
+            if not self._shards or (last <= first and self._open_shard_tokens):
+                self._open_shard()
+                continue
+            last = max(last, first + 1)  # a document longer than a shard has one to itself
+            self._shards[-1].write(stored[start : ends[last - 1]])
+            self._open_shard_tokens += int(ends[last - 1]) - start
+            first = last
+        self._offsets.write((self.num_tokens + ends).astype(OFFSET_DTYPE))
+        self._bytes.write(num_bytes.astype(OFFSET_DTYPE))
+        self.num_tokens += len(tokens)
+        self.num_documents += len(ends)
+        self.num_bytes += int(np.sum(num_bytes))
+
+    def _open_shard(self) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        self._shards.append(_DigestedFile(self._temporary, f"tokens_{len(self._shards):05d}.bin"))
+        self._open_shard_tokens = 0
 
     def add_tokenizer(self, tokenizer: "SavableTokenizer") -> None:
         """Copy a `megalite.tokenizer.Tokenizer` into the store and record its name and digest."""
