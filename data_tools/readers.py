@@ -57,26 +57,31 @@ def iter_documents(inputs: Sequence[str], config: ReaderConfig, report: ReadRepo
     Raises `DataError` naming the file and the row; see the head of this module for what is skipped instead.
     """
     files = find_files(inputs, config.format)
-    default_source = _default_source(config, Path(inputs[0]) if Path(inputs[0]).exists() else files[0])
+    source = default_source(inputs, files, config)
+    for path in files:
+        yield from iter_file_documents(path, config, source, report)
+    _log_skips(report)
+
+
+def iter_file_documents(path: Path, config: ReaderConfig, source: str, report: ReadReport) -> Iterator[Document]:
+    """Stream the documents of one file; `source` is that of documents without a column for it."""
     columns = [config.text_column]
     for column in (config.id_column, config.source_column, config.language_column, config.split_column):
         columns += [column] if column is not None else []
-    for path in files:
-        report.files += 1
-        format_name = format_of(path) if config.format == "auto" else config.format
-        assert format_name is not None, "find_files lets through known endings only"
-        try:
-            for position, fields in iter_rows(path, format_name, columns, config):
-                try:
-                    document = _document(fields, path, position, config, default_source)
-                except BadRowError as bad:
-                    _skip_or_stop(bad, f"{path}, {position}", config, report)
-                    continue
-                report.documents += 1
-                yield document
-        except BadFileError as bad:
-            _skip_or_stop(bad, str(path), config, report)
-    _log_skips(report)
+    report.files += 1
+    format_name = format_of(path) if config.format == "auto" else config.format
+    assert format_name is not None, "find_files lets through known endings only"
+    try:
+        for position, fields in iter_rows(path, format_name, columns, config):
+            try:
+                document = _document(fields, path, position, config, source)
+            except BadRowError as bad:
+                _skip_or_stop(bad, f"{path}, {position}", config, report)
+                continue
+            report.documents += 1
+            yield document
+    except BadFileError as bad:
+        _skip_or_stop(bad, str(path), config, report)
 
 
 def find_files(inputs: Sequence[str], format_name: str) -> list[Path]:
@@ -123,7 +128,9 @@ def _endings() -> str:
     return ", ".join(f".{name}" for name in FORMATS) + f" (and {', '.join(COMPRESSIONS)} of the first two)"
 
 
-def _default_source(config: ReaderConfig, path: Path) -> str:
+def default_source(inputs: Sequence[str], files: Sequence[Path], config: ReaderConfig) -> str:
+    """The source of documents without a column for it: `reader.source`, or the first input's name without endings."""
+    path = Path(inputs[0]) if Path(inputs[0]).exists() else files[0]
     name = path.resolve().name
     try:
         return _checked_name(config.source if config.source is not None else name.split(".")[0] or name)

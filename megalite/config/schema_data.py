@@ -5,6 +5,7 @@ from typing import Literal
 
 TokenizerType = Literal["sp_bpe", "sp_unigram"]
 Split = Literal["train", "validation"]
+EncoderEngine = Literal["auto", "gigatoken", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class StoreTokenizerConfig:
     """The tokenizer that encodes a store."""
 
     path: str  # a folder of `megalite tokenizer train`, a SentencePiece .model, a tokenizer.json, or GPT-2's folder
+    engine: EncoderEngine = "auto"  # auto: gigatoken where it gives the reference library's ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from megalite.config.loader import load_config
 from megalite.config.schema import ModelConfig, TrainConfig
 from megalite.convert.families import family_for
 from megalite.convert.family import Family
-from megalite.convert.fast_tokenizer import fast_tokenizer
 from megalite.convert.tensors import (
     CONFIG,
     DTYPES,
@@ -30,7 +29,7 @@ from megalite.convert.tensors import (
 from megalite.data.files import new_directory, write_synced
 from megalite.layers.shard import Shard
 from megalite.tensor_file import TensorFileWriter
-from megalite.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megalite.tokenizer import Tokenizer, load_tokenizer
 from megalite.tokenizer.base import GPT2_FILES, HF_JSON, SP_MODEL
 
 SHARD_BYTES = 5_000_000_000  # of a file
@@ -95,10 +94,29 @@ def export_tokenizer(folder: Path, output: Path) -> None:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file() and name != "tokenizer_config.json":
             shutil.copy(folder / name, output / name)
-    if isinstance(tokenizer, SentencePieceTokenizer) and (text := fast_tokenizer(tokenizer)):
+    if (output / SP_MODEL).is_file() and (text := _fast_tokenizer(tokenizer)):
         write_synced(output / HF_JSON, text + "\n")
     classes = {HF_JSON: "PreTrainedTokenizerFast", GPT2_FILES[1]: "GPT2Tokenizer", SP_MODEL: "LlamaTokenizer"}
     end = tokenizer.end_of_document_text
     values: dict[str, Any] = {"tokenizer_class": next(classes[name] for name in classes if (output / name).is_file())}
     values |= {"eos_token": end, "bos_token": end, "add_bos_token": False, "add_eos_token": False, "legacy": False}
     write_synced(output / "tokenizer_config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _fast_tokenizer(tokenizer: Tokenizer) -> str | None:
+    """The text of a tokenizer.json that gives the ids of a SentencePiece model; None where no such file is known.
+
+    From a bare tokenizer.model transformers builds a `LlamaTokenizer`, which puts a space before every text: for a
+    model trained without that, other ids (seen with transformers 5.23). Tried before it is given out.
+    """
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    if (content := tokenizer.library_json()) is None:
+        return None
+    text = json.dumps(content, ensure_ascii=False)
+    fast = LibraryTokenizer.from_str(text)
+    pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    pieces = [piece for piece in pieces if "\ufffd" not in piece]  # half a character: not to be had as a text
+    probes = [*pieces, "".join(pieces), " ".join(pieces), "\n".join(reversed(pieces)), "\U000f1234  \t\r\n\x00"]
+    found = [encoding.ids for encoding in fast.encode_batch(probes, add_special_tokens=False)]
+    return text if found == tokenizer.encode_batch(probes) else None

@@ -47,6 +47,9 @@ class Tokenizer(Protocol):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`, control ids left out; exact for byte-level and lossless byte-fallback models."""
 
+    def library_json(self) -> dict[str, Any] | None:
+        """The content of a tokenizer.json of the `tokenizers` library that gives the same ids; None: not known."""
+
     def save(self, folder: Path) -> None:
         """Copy its files to the new folder `folder`, which `load_tokenizer` takes."""
 

@@ -80,6 +80,10 @@ class HuggingFaceTokenizer:
             return self._tokenizer.decode(ids, skip_special_tokens=False).encode()
         return b"".join(self._token_bytes(i) for i in ids)
 
+    def library_json(self) -> dict[str, Any] | None:
+        """See `Tokenizer`."""
+        return json.loads(self._tokenizer.to_str())
+
     def save(self, folder: Path) -> None:
         """See `Tokenizer`."""
         save_files(folder, self._files, config_text("huggingface", self, end_of_document=self.end_of_document_text))

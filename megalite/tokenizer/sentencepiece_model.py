@@ -1,20 +1,19 @@
 """SentencePiece models."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megalite.errors import DataError
 from megalite.tokenizer.base import SP_MODEL, check_text, config_text, digest_of, name_of, read_file, save_files
-
-SP_SPACE = "\u2581"  # SentencePiece's stand-in for a space inside pieces
+from megalite.tokenizer.sentencepiece_json import SP_SPACE, Piece, library_content
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model.
 
-    Its stand-in for a space, U+2581, would come back as a space when a text holds it. Where the model is `lossless`
+    Its stand-in for a space, U+2581, would come back as a space when a text holds it. Where the model is lossless
     otherwise (identity normalisation, byte fallback, no dummy prefix) that character is spelled in byte pieces, so that
     every text comes back exactly.
     """
@@ -31,7 +30,7 @@ class SentencePieceTokenizer:
         self.end_of_document_text = self._model.id_to_piece(self.end_of_document)
         self.unknown = self._model.unk_id()
         self._space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SP_SPACE.encode()]
-        self.lossless = self._is_lossless()
+        self._lossless = self._is_lossless()
 
     @cached_property
     def digest(self) -> str:
@@ -46,7 +45,7 @@ class SentencePieceTokenizer:
         """See `Tokenizer`."""
         for text in texts:
             check_text(text)
-        if not (self.lossless and any(SP_SPACE in text for text in texts)):
+        if not (self._lossless and any(SP_SPACE in text for text in texts)):
             return self._model.encode(list(texts), num_threads=1)
         return [self._encode_around_space_marks(text) for text in texts]
 
@@ -57,7 +56,7 @@ class SentencePieceTokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """See `Tokenizer`."""
         ids = [i for i in ids if not self._model.is_control(i)]
-        if self.lossless:
+        if self._lossless:
             return b"".join(self._piece_bytes[i] for i in ids)
         return self._model.decode(ids).encode()
 
@@ -65,26 +64,33 @@ class SentencePieceTokenizer:
         """See `Tokenizer`."""
         save_files(folder, {SP_MODEL: self._data}, config_text("sentencepiece", self))
 
-    def pieces(self) -> Iterator[tuple[str, float, str]]:
-        """Text, score and kind (control, unknown, byte, normal) of every piece, by id."""
+    def library_json(self) -> dict[str, Any] | None:
+        """See `Tokenizer`; known of lossless models."""
+        return library_content(self._pieces, self.unknown) if self._lossless else None
+
+    @cached_property
+    def _pieces(self) -> list[Piece]:
+        """Every piece, by id."""
         model = self._model
+        pieces = []
         for i in range(self.vocab_size):
             kinds = {"control": model.is_control(i), "unknown": model.is_unknown(i), "byte": model.is_byte(i)}
-            yield model.id_to_piece(i), model.get_score(i), next((kind for kind, so in kinds.items() if so), "normal")
+            kind = next((kind for kind, so in kinds.items() if so), "normal")
+            pieces.append(Piece(model.id_to_piece(i), model.get_score(i), kind))
+        return pieces
 
     @cached_property
     def _piece_bytes(self) -> list[bytes]:
         """What each id spells, by id."""
-        pieces = []
-        for i in range(self.vocab_size):
-            piece = self._model.id_to_piece(i)
-            if self._model.is_byte(i):
-                pieces.append(bytes([int(piece[3:5], 16)]))  # <0xAB>
-            elif self._model.is_unknown(i):
-                pieces.append("\ufffd".encode())
+        spelled = []
+        for piece in self._pieces:
+            if piece.kind == "byte":
+                spelled.append(bytes([int(piece.text[3:5], 16)]))  # <0xAB>
+            elif piece.kind == "unknown":
+                spelled.append("\ufffd".encode())
             else:
-                pieces.append(piece.replace(SP_SPACE, " ").encode())
-        return pieces
+                spelled.append(piece.text.replace(SP_SPACE, " ").encode())
+        return spelled
 
     def _encode_around_space_marks(self, text: str) -> list[int]:
         parts = self._model.encode(text.split(SP_SPACE), num_threads=1)
