@@ -7,14 +7,17 @@ from megalite.config.schema import ModelConfig, TrainConfig
 
 NUM_LAYERS, WIDTH, VOCAB_SIZE, HEAD_SIZE, LENGTH = 2, 128, 500, 8, 32  # 500: not a multiple, so that rows are padded
 MICRO_BATCHES = 2
+# Adam divides by sqrt(v) + eps: with an eps far above all gradients it steps as SGD of rate lr / eps does. With a small
+# one it makes a full step of what is rounding, as of a key's bias, whose gradient is zero.
+RATE, EPS = 0.03, 0.1
 
 
 def shrink(config: TrainConfig, heads_split: int, length_split: int, data_split: int) -> TrainConfig:
     """`config` with at most 2 layers, width 128, vocabulary 500, dropout 0, fp32, a constant rate, no clipping.
 
     Kept: every architectural switch, the ratios of query to key heads and of MLP to model width, the layout, the
-    optimizer and the loss. Key heads divide by `heads_split`, the sequence by `length_split`, the global batch by
-    `data_split` with some accumulation: all that the layouts to be compared need.
+    optimizer but for its rate and eps, and the loss. Key heads divide by `heads_split`, the sequence by `length_split`,
+    the global batch by `data_split` with some accumulation: all that the layouts to be compared need.
     """
     batch = MICRO_BATCHES * data_split
     length = length_split * math.ceil(LENGTH / length_split)
@@ -26,6 +29,7 @@ def shrink(config: TrainConfig, heads_split: int, length_split: int, data_split:
         ),
         # Clipped, gradients of a wrong scale would look right.
         engine=dataclasses.replace(config.engine, precision="fp32", grad_clip=0.0),
+        optimizer=dataclasses.replace(config.optimizer, lr=RATE, eps=EPS),
         schedule=dataclasses.replace(config.schedule, name="constant", warmup_steps=0),
         data=dataclasses.replace(config.data, sequence_length=length, validation=()),
     )
@@ -46,5 +50,7 @@ def _shrunk_model(model: ModelConfig, split: int, length: int) -> ModelConfig:
         ffn_hidden_size=ffn,
         vocab_size=min(model.vocab_size or VOCAB_SIZE, VOCAB_SIZE),
         max_sequence_length=length,
+        # Shorter than the sequence, or it would not slide.
+        sliding_window=model.sliding_window and min(model.sliding_window, length // 4),
         dropout=0.0,
     )

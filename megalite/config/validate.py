@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megalite.config.schema import Precision, StoreConfig, TrainConfig
+from megalite.config.schema import DataConfig, Precision, StoreConfig, TrainConfig
 from megalite.config.validate_layout import is_positive, layout_rules
 from megalite.errors import ConfigError
 from megalite.redaction import has_secret
@@ -21,6 +21,14 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
     rules = (layout_rules, _trainer_rules, _objective_rules, _optimizer_rules, _data_rules, _run_rules)
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def validate_untrained(config: TrainConfig, world_size: int) -> None:
+    """As `validate_train`, but for the rules about data and batch sizes: of a configuration that will not train."""
+    config = resolve_auto(config, "cpu")
+    rules = (layout_rules, _objective_rules, _optimizer_rules, _run_rules)
+    if problems := [problem for rule in rules for problem in rule(config, world_size)]:
         raise ConfigError("\n".join(problems))
 
 
@@ -105,8 +113,12 @@ def _data_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         for i, store in enumerate(stores):
             if not store.path:
                 yield f"data.{key}[{i}].path: is empty, name a token store"
-            if not is_positive(store.weight):
+            comes_later = key == "train" and store.weight == 0 and _is_drawn_later(data, i)
+            if not is_positive(store.weight) and not comes_later:
                 yield f"data.{key}[{i}].weight: found {store.weight}, must be above 0"
+    yield from _schedule_rules(data)
+    if data.prefetch < 0:
+        yield f"data.prefetch: found {data.prefetch}, must be 0 (none) or more steps"
     yield from same_source_rules("data.validation", data.validation)
     if data.sequence_length < 1:
         yield f"data.sequence_length: found {data.sequence_length}, must be at least 1"
@@ -115,6 +127,26 @@ def _data_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
             f"data.sequence_length: found {data.sequence_length}, must be at most "
             f"model.max_sequence_length={model.max_sequence_length}; lower one or raise the other"
         )
+
+
+def _is_drawn_later(data: DataConfig, source: int) -> bool:
+    return any(change.weights[source : source + 1] > (0,) for change in data.schedule)
+
+
+def _schedule_rules(data: DataConfig) -> Iterator[str]:
+    step_before = 0
+    for i, change in enumerate(data.schedule):
+        key = f"data.schedule[{i}]"
+        if change.step <= step_before:
+            yield f"{key}.step: found {change.step}, must be above {step_before}; steps rise from 1"
+        step_before = max(change.step, step_before)
+        weights = list(change.weights)
+        if len(weights) != len(data.train):
+            yield f"{key}.weights: found {weights}, data.train has {len(data.train)} stores: give a weight for each"
+        if not all(weight == 0 or is_positive(weight) for weight in weights) or not any(weights):
+            yield f"{key}.weights: found {weights}, each must be 0 or more, and one of them above 0"
+    if data.train and data.schedule and not any(store.weight for store in data.train):
+        yield "data.train: every weight is 0, so there is nothing to begin with; one must be above 0"
 
 
 def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
