@@ -16,7 +16,7 @@ import xxhash
 
 from megalite.config.schema_data import TokenizerConfig, TokenizerTrainConfig
 from megalite.config.validate_commands import validate_tokenizer_train
-from megalite.data.files import new_directory, write_synced
+from megalite.data.files import OVERWRITE_HINT, new_directory, refuse_existing, write_synced
 from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.log import get_logger
 from megalite.tokenizer import CONFIG, SP_MODEL, SentencePieceTokenizer, config_text
@@ -40,8 +40,10 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     """
     validate_tokenizer_train(config)
     output = Path(config.output)
+    mark = CONFIG if config.overwrite else None
+    refuse_existing(output, mark, OVERWRITE_HINT)
     try:
-        with new_directory(output, overwrite_mark=CONFIG if config.overwrite else None) as temporary:
+        with new_directory(output, mark) as temporary:
             sample = TrainingSample(config)
             (temporary / SP_MODEL).write_bytes(_train(sample, config.tokenizer))
             tokenizer = SentencePieceTokenizer(temporary / SP_MODEL)

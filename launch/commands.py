@@ -7,7 +7,7 @@ from pathlib import Path
 from megalite.checkpoint_format import require_checkpoint
 from megalite.config.compose import compose_config, compose_train, config_values, config_yaml, flatten, read_config
 from megalite.config.place import Place, count_gpus
-from megalite.config.schema import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig, ModelConfig
+from megalite.config.schema import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import validate_evaluate, validate_generate
 from megalite.errors import EXIT_OK, ConfigError
@@ -80,7 +80,7 @@ def import_weights(arguments: list[str]) -> int:
     from megalite.convert.importing import import_model
 
     imported = import_model(Path(config.hf), Path(config.output))
-    defaults = flatten(config_values(ModelConfig()))
+    defaults = flatten(config_values(compose_train(["data.train=unused"]).model))  # what training would take otherwise
     keys = {key: value for key, value in flatten(config_values(imported.model)).items() if value != defaults.get(key)}
     print(f"{config.output}: a run at step 0. Its model, for training:")
     print(" ".join(f"model.{key}={'null' if value is None else value}" for key, value in keys.items()))
@@ -96,8 +96,9 @@ def export_weights(arguments: list[str]) -> int:
     run_dir = Path(config.run_dir) if config.run_dir else Path(str(config.checkpoint)).parent.parent
     folder = require_checkpoint(config.checkpoint, run_dir)
     from megalite.convert.exporting import export_model
+    from megalite.convert.tensors import CARRIED
 
-    tokenizer = run_dir / "tokenizer"
-    family = export_model(folder, Path(config.output), config.precision, tokenizer if tokenizer.is_dir() else None)
+    tokenizer = run_dir / "tokenizer" if (run_dir / "tokenizer").is_dir() else None
+    family = export_model(folder, Path(config.output), config.precision, tokenizer, run_dir / CARRIED)
     print(f"{config.output}: {family.architecture} of {folder}")
     return EXIT_OK

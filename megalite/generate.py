@@ -20,14 +20,14 @@ log = get_logger(__name__)
 def generate(config: GenerateConfig) -> Iterator[str]:
     """Yield `config.num_samples` texts, each the prompt and its continuation up to the end of the document.
 
-    An empty prompt begins a document, as after an end-of-document token. A text ends where the model's positions do,
-    which is logged. Raises `ConfigError` when the prompt alone does not fit, `CheckpointError` when the model's figures
-    are no numbers.
+    The prompt begins a document: it comes after an end-of-document token, or after what the tokenizer begins texts
+    with. A text ends where the model's positions do, which is logged. Raises `ConfigError` when the prompt alone does
+    not fit, `CheckpointError` when the model's figures are no numbers.
     """
     run = load_run(config.run_dir, config.checkpoint)
     tokenizer = load_tokenizer(Path(config.run_dir) / "tokenizer")
     end = tokenizer.end_of_document
-    prompt = [end, *tokenizer.encode(config.prompt)]
+    prompt = [tokenizer.begin_of_document, *tokenizer.encode(config.prompt)]
     longest = run.config.model.max_sequence_length
     if len(prompt) >= longest:
         raise ConfigError(f"prompt: found {len(prompt)} tokens, must be below model.max_sequence_length={longest}")

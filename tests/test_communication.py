@@ -11,8 +11,10 @@ from megalite.layers.cross_entropy import Target
 from megalite.mesh import build_mesh
 from megalite.models import build_model, materialize
 from tests.collectives import Collectives
+from tests.layouts import Layout
 from tests.models.configs import GPT, LLAMA
 from tests.ranks import run_ranks
+from tests.test_layouts import prepare
 
 CPU = torch.device("cpu")
 B, S, D = 2, 16, GPT.hidden_size
@@ -27,9 +29,9 @@ def collectives(config, parallel, recompute):
     materialize(model, mesh, seed=1)
     tokens = torch.arange(B * LENGTH[mesh.context.size] // mesh.context.size).view(B, -1) % config.known_vocab_size
     target = Target(tokens, torch.ones(tokens.shape))
-    with Collectives() as forward:
+    with Collectives(mesh) as forward:
         loss = model.train()(tokens, target)
-    with Collectives() as backward:
+    with Collectives(mesh) as backward:
         loss.backward()
     return forward.counts, backward.counts
 
@@ -49,7 +51,7 @@ def per_layer(config, parallel, recompute="none"):
 def test_tensor_parallel(config, tensor):
     """Shoeybi et al. 2019, section 3: two all-reduces forward, two backward, of B S D."""
     forward, backward = per_layer(config, ParallelConfig(tensor=tensor, sequence=False))
-    assert forward == backward == Counter({("all_reduce", WHOLE): 2})
+    assert forward == backward == Counter({("all_reduce", "tensor", WHOLE): 2})
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
@@ -60,10 +62,10 @@ def test_sequence_parallel(tensor):
     it. Gradients of what is replicated, norms and row biases, are summed besides: a few vectors of D.
     """
     forward, backward = per_layer(GPT, ParallelConfig(tensor=tensor))
-    both = Counter({("all_gather", WHOLE): 2, ("reduce_scatter", WHOLE): 2})
+    both = Counter({("all_gather", "tensor", WHOLE): 2, ("reduce_scatter", "tensor", WHOLE): 2})
     assert forward == both
-    norms, biases = Counter({("all_reduce", 2 * 4 * D): 2}), Counter({("all_reduce", 4 * D): 2})
-    assert backward == both + Counter({("all_gather", WHOLE): 2}) + norms + biases
+    norms, biases = Counter({("all_reduce", "tensor", 2 * 4 * D): 2}), Counter({("all_reduce", "tensor", 4 * D): 2})
+    assert backward == both + Counter({("all_gather", "tensor", WHOLE): 2}) + norms + biases
 
 
 def test_ulysses():
@@ -71,7 +73,9 @@ def test_ulysses():
     forward, backward = per_layer(LLAMA, ParallelConfig(context=2))
     heads = LLAMA.num_attention_heads + 2 * LLAMA.num_kv_heads
     token = 4 * LLAMA.head_dim * B * S // 2
-    wanted = Counter({("all_to_all", heads * token): 1, ("all_to_all", LLAMA.num_attention_heads * token): 1})
+    wanted = Counter(
+        {("all_to_all", "context", heads * token): 1, ("all_to_all", "context", LLAMA.num_attention_heads * token): 1}
+    )
     assert forward == backward == wanted
 
 
@@ -80,8 +84,8 @@ def test_ring(context):
     """Liu et al. 2023: k and v go round, c - 1 sends; backward once more, and their gradients all the way home."""
     forward, backward = per_layer(LLAMA, ParallelConfig(context=context, context_method="ring"))
     kv = 2 * LLAMA.num_kv_heads * LLAMA.head_dim * 4 * B * LENGTH[context] // context
-    assert forward == Counter({("send", kv): context - 1})
-    assert backward == Counter({("send", kv): 2 * context - 1})
+    assert forward == Counter({("send", "context", kv): context - 1})
+    assert backward == Counter({("send", "context", kv): 2 * context - 1})
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -95,6 +99,23 @@ def test_what_recomputation_adds(recompute, sequence):
     if recompute == "selective":
         assert added == Counter()
     elif sequence:
-        assert added == Counter({("all_gather", WHOLE): 2, ("reduce_scatter", WHOLE): 1})
+        assert added == Counter({("all_gather", "tensor", WHOLE): 2, ("reduce_scatter", "tensor", WHOLE): 1})
     else:
-        assert added == Counter({("all_reduce", WHOLE): 1})
+        assert added == Counter({("all_reduce", "tensor", WHOLE): 1})
+
+
+def step_collectives(layout):
+    """Those of a whole step of the engine, and the number of this rank's parameters."""
+    engine, batches = prepare(layout)
+    with Collectives(engine.mesh) as step:
+        engine.train_step(batches(0), 0, 1e-3)
+    return step.counts, sum(parameter.numel() for _, parameter in engine.parameters())
+
+
+def test_a_step_of_zero_0():
+    """Over data: the gradients once, the number of tokens, the loss. Over tensor beside the layers: the norm."""
+    layout = Layout("gpt", 2, False, (1, "auto"), 0, 1, "none", False)
+    counts, parameters = run_ranks(4, step_collectives, layout)[0]
+    over_data = Counter({key: count for key, count in counts.items() if key[1] == "data"})
+    assert over_data == Counter({("all_reduce", "data", size): 1 for size in (4 * parameters, 8, 4)})
+    assert counts["all_reduce", "tensor", 4] == 1

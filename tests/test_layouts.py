@@ -37,8 +37,8 @@ def reference(family: str, documents: bool) -> Curve:
     return curve
 
 
-def curve_of(layout: Layout) -> Curve:
-    """Losses and norms of the engine; runs on every rank."""
+def prepare(layout: Layout):
+    """An engine on this rank, and a function from a step to its micro batches."""
     from megalite.engine import Engine
     from megalite.mesh import build_mesh
 
@@ -47,10 +47,20 @@ def curve_of(layout: Layout) -> Curve:
     engine = Engine(config, mesh)
     engine.init_weights()
     objective = build_objective(config.objective, config.data, END)
+
+    def batches(step: int):
+        parts = samples(step).split(config.trainer.micro_batch_size)[mesh.data.rank :: mesh.data.size]
+        return [objective.batch(part) for part in parts]
+
+    return engine, batches
+
+
+def curve_of(layout: Layout) -> Curve:
+    """Losses and norms of the engine; runs on every rank."""
+    engine, batches = prepare(layout)
     curve = []
     for step in range(STEPS):
-        parts = samples(step).split(config.trainer.micro_batch_size)[mesh.data.rank :: mesh.data.size]
-        result = engine.train_step([objective.batch(part) for part in parts], step, rate(config, step))
+        result = engine.train_step(batches(step), step, rate(layout.config, step))
         curve.append((float(result.loss), float(result.grad_norm)))
     return curve
 

@@ -12,13 +12,13 @@ from megalite.checkpoint.load import TensorReader
 from megalite.checkpoint_format import read_manifest
 from megalite.config.loader import load_config
 from megalite.config.schema import ModelConfig, TrainConfig
-from megalite.convert.families import family_for
+from megalite.convert.families import family_for, plain
 from megalite.convert.family import Family
 from megalite.convert.tensors import (
     CONFIG,
     DTYPES,
+    GENERATION,
     INDEX,
-    TOKENIZER_FILES,
     WEIGHTS,
     bytes_of,
     logical_shards,
@@ -26,28 +26,31 @@ from megalite.convert.tensors import (
     planned_files,
     to_parts,
 )
+from megalite.convert.tokenizer_files import export_tokenizer
 from megalite.data.files import new_directory, write_synced
 from megalite.layers.shard import Shard
 from megalite.tensor_file import TensorFileWriter
-from megalite.tokenizer import Tokenizer, load_tokenizer
-from megalite.tokenizer.base import GPT2_FILES, HF_JSON, SP_MODEL
+from megalite.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a file
 
 
-def export_model(checkpoint: Path, output: Path, precision: str | None, tokenizer: Path | None) -> Family:
+def export_model(
+    checkpoint: Path, output: Path, precision: str | None, tokenizer: Path | None, carried: Path | None = None
+) -> Family:
     """Write a checkpoint of any layout as a folder that transformers loads; returns the family it became.
 
-    `precision`: fp32, bf16 or fp16; None: that of the training. `tokenizer`: the run's. Raises `ConfigError` when no
+    `precision`: fp32, bf16 or fp16; None: that of the training. `tokenizer`: the run's. `carried`: what an
+    import kept of its source. Raises `ConfigError` when no
     model of transformers is this one, `CheckpointError` for a damaged checkpoint, `DataError` when `output` exists.
     """
     manifest = read_manifest(checkpoint)
-    model = load_config(TrainConfig, manifest.config).model
+    model = plain(load_config(TrainConfig, manifest.config).model)
     family = family_for(model)
     precision = precision or manifest.topology["precision"]
     dtype, code, element_bytes = DTYPES[precision]
     shards, reader = logical_shards(model), TensorReader(checkpoint, manifest)
-    end = load_tokenizer(tokenizer).end_of_document if tokenizer else None
+    special = _special_tokens(tokenizer, carried)
     with new_directory(output) as temporary:
         names: dict[str, str] = {}
         files = list(planned_files(family.rules(model), shards, element_bytes, SHARD_BYTES))
@@ -63,10 +66,13 @@ def export_model(checkpoint: Path, output: Path, precision: str | None, tokenize
         if len(files) > 1:
             index = {"metadata": {"total_size": _total_elements(shards) * element_bytes}, "weight_map": names}
             write_synced(temporary / INDEX, json.dumps(index, indent=2) + "\n")
-        write_synced(temporary / CONFIG, _config_text(family, model, precision, end))
-        write_synced(temporary / "generation_config.json", json.dumps({"eos_token_id": end}, indent=2) + "\n")
+        write_synced(temporary / CONFIG, _config_text(family, model, precision, special))
+        if carried and (carried / GENERATION).is_file():
+            shutil.copyfile(carried / GENERATION, temporary / GENERATION)
+        else:
+            write_synced(temporary / GENERATION, json.dumps(special, indent=2) + "\n")
         if tokenizer:
-            export_tokenizer(tokenizer, temporary)
+            export_tokenizer(tokenizer, temporary, carried)
     return family
 
 
@@ -74,7 +80,7 @@ def _total_elements(shards: Mapping[str, Shard]) -> int:
     return sum(torch.Size(shard.shape).numel() for shard in shards.values())
 
 
-def _config_text(family: Family, model: ModelConfig, precision: str, end: int | None) -> str:
+def _config_text(family: Family, model: ModelConfig, precision: str, special: Mapping[str, Any]) -> str:
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     values = {
         "architectures": [family.architecture],
@@ -82,41 +88,15 @@ def _config_text(family: Family, model: ModelConfig, precision: str, end: int | 
         **family.write(model),
         "dtype": names[precision],
         "torch_dtype": names[precision],
-        "bos_token_id": end,
-        "eos_token_id": end,
+        **special,
     }
     return json.dumps(values, indent=2) + "\n"
 
 
-def export_tokenizer(folder: Path, output: Path) -> None:
-    """The run's tokenizer under the names that transformers reads."""
-    tokenizer = load_tokenizer(folder)
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file() and name != "tokenizer_config.json":
-            shutil.copy(folder / name, output / name)
-    if (output / SP_MODEL).is_file() and (text := _fast_tokenizer(tokenizer)):
-        write_synced(output / HF_JSON, text + "\n")
-    classes = {HF_JSON: "PreTrainedTokenizerFast", GPT2_FILES[1]: "GPT2Tokenizer", SP_MODEL: "LlamaTokenizer"}
-    end = tokenizer.end_of_document_text
-    values: dict[str, Any] = {"tokenizer_class": next(classes[name] for name in classes if (output / name).is_file())}
-    values |= {"eos_token": end, "bos_token": end, "add_bos_token": False, "add_eos_token": False, "legacy": False}
-    write_synced(output / "tokenizer_config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _fast_tokenizer(tokenizer: Tokenizer) -> str | None:
-    """The text of a tokenizer.json that gives the ids of a SentencePiece model; None where no such file is known.
-
-    From a bare tokenizer.model transformers builds a `LlamaTokenizer`, which puts a space before every text: for a
-    model trained without that, other ids (seen with transformers 5.23). Tried before it is given out.
-    """
-    from tokenizers import Tokenizer as LibraryTokenizer
-
-    if (content := tokenizer.library_json()) is None:
-        return None
-    text = json.dumps(content, ensure_ascii=False)
-    fast = LibraryTokenizer.from_str(text)
-    pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    pieces = [piece for piece in pieces if "\ufffd" not in piece]  # half a character: not to be had as a text
-    probes = [*pieces, "".join(pieces), " ".join(pieces), "\n".join(reversed(pieces)), "\U000f1234  \t\r\n\x00"]
-    found = [encoding.ids for encoding in fast.encode_batch(probes, add_special_tokens=False)]
-    return text if found == tokenizer.encode_batch(probes) else None
+def _special_tokens(tokenizer: Path | None, carried: Path | None) -> dict[str, Any]:
+    """Ids of special tokens for config.json: those of the source, or the token that begins and ends our documents."""
+    if carried and (carried / CONFIG).is_file():
+        source = json.loads((carried / CONFIG).read_text(encoding="utf-8"))
+        return {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+    end = load_tokenizer(tokenizer).end_of_document if tokenizer else None
+    return {"bos_token_id": end, "eos_token_id": end}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from megalite.checkpoint_format import FileEntry, Manifest, commit, create_tempo
 from megalite.config.compose import config_values, save_config
 from megalite.config.loader import load_config
 from megalite.config.schema import ModelConfig, TrainConfig
+from megalite.config.validate import resolve_auto
+from megalite.config.validate_layout import validate_layout
 from megalite.convert.families import family_of, read_model
 from megalite.convert.family import Rule
 from megalite.convert.tensors import (
+    CARRIED,
     CONFIG,
     DTYPES,
+    GENERATION,
     INDEX,
-    TOKENIZER_FILES,
     WEIGHTS,
     bytes_of,
     from_part,
@@ -31,13 +36,14 @@ from megalite.convert.tensors import (
     planned_files,
     stored_dtype,
 )
+from megalite.convert.tokenizer_files import import_tokenizer
 from megalite.data.files import new_directory
-from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.errors import CheckpointError, ConfigError, DataError, ResourceError
 from megalite.layers.shard import Shard
 from megalite.tensor_file import TensorFileWriter
-from megalite.tokenizer import load_tokenizer
 
-_PRECISIONS = {dtype: name for name, (dtype, _, _) in DTYPES.items()}
+_PRECISIONS = {code: name for name, (_, code, _) in DTYPES.items()}  # by the name in safetensors
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
 # Buffers that old files carry beside the weights: causal masks, rotary frequencies.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
@@ -45,23 +51,37 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 def import_model(source: Path, output: Path) -> TrainConfig:
     """Write a run directory at step 0 from a folder of Hugging Face (config.json, safetensors, tokenizer).
 
-    Its checkpoint holds the weights alone, in fp32; a training that resumes from it begins with zero moments. Returns
-    its configuration. Raises `ConfigError` for an architecture that is not ours, `CheckpointError` for files that are
-    missing, damaged or of other shapes, `DataError` when `output` exists.
+    Its checkpoint holds the weights alone, in fp32 or wider; a training that resumes from it begins with zero moments.
+    Returns its configuration. Raises `ConfigError` for an architecture that is not ours, `CheckpointError` for files
+    that are missing, damaged or of other shapes, `DataError` when `output` exists, `ResourceError` when it cannot be
+    written.
     """
     hf_config = _read_json(source / CONFIG)
     model = read_model(hf_config)
     weights = _SourceWeights(source)
+    precision = weights.precision()
     rules = {rule.name: rule for rule in family_of(hf_config).rules(model)}
     weights.check_names([part for rule in rules.values() for part in rule.parts], tied=model.tied_embeddings)
     config = load_config(TrainConfig, _train_values(output, model))
-    with new_directory(output) as temporary:
+    validate_layout(resolve_auto(config, "cpu"), world_size=1)
+    with _directory_errors(output), new_directory(output) as temporary:
         folder = create_temporary(temporary / "checkpoints", 0)
         files = list(_write_weights(folder, rules, weights, logical_shards(model)))
-        commit(folder, _manifest(config, files, weights.precision))
+        commit(folder, _manifest(config, files, precision))
         save_config(config, temporary / "config.yaml")
-        _copy_tokenizer(source, temporary / "tokenizer")
+        import_tokenizer(source, temporary)
+        for name in (CONFIG, GENERATION):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / CARRIED / name)
     return config
+
+
+@contextmanager
+def _directory_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"writing {output} failed: {error}. Is the disk full, or the folder read-only?") from None
 
 
 class _SourceWeights:
@@ -69,9 +89,9 @@ class _SourceWeights:
 
     def __init__(self, folder: Path):
         self._files: dict[Path, Any] = {}
+        self._folder = folder
         if (folder / INDEX).is_file():
-            index = _read_json(folder / INDEX)["weight_map"]
-            self._where = {name: folder / file for name, file in index.items()}
+            self._where = _read_index(folder)
         elif (folder / WEIGHTS).is_file():
             self._where = dict.fromkeys(self._open(folder / WEIGHTS).keys(), folder / WEIGHTS)
         else:
@@ -83,23 +103,32 @@ class _SourceWeights:
         # The first GPT-2 files have the names of the bare model.
         bare = not any(name.startswith(("transformer.", "model.")) for name in self._where)
         self._prefix = "transformer." if bare else ""
-        self._folder = folder
 
-    @property
     def precision(self) -> str:
-        """What the first tensor is stored in."""
-        name = next(iter(self._where))
-        dtype = self._open(self._where[name]).get_tensor(name).dtype
-        if dtype not in _PRECISIONS:
-            raise CheckpointError(f"{self._where[name]}: {name} is {dtype}; known: {', '.join(DTYPES)}")
-        return _PRECISIONS[dtype]
+        """What the tensors are stored in; where they differ, the one that holds all of them: fp32.
+
+        Raises `CheckpointError` for a tensor of another type.
+        """
+        found = set()
+        for name, path in self._where.items():
+            code = self._slice(name, path).get_dtype()
+            if code not in _PRECISIONS:
+                raise CheckpointError(f"{path}: {name} is {code}; known: {', '.join(_PRECISIONS)}")
+            found.add(_PRECISIONS[code])
+        return found.pop() if len(found) == 1 else "fp32"
 
     def check_names(self, wanted: Sequence[str], tied: bool) -> None:
         """Raise `CheckpointError` for a tensor that is missing or has no place in the model."""
         found = {self._their_name(name) for name in wanted}
         missing, extra = sorted(found - self._where.keys()), sorted(self._where.keys() - found)
-        if tied:  # some versions save the tied head under its own name
-            extra = [name for name in extra if name != "lm_head.weight"]
+        if tied and _HEAD in extra and not missing:  # some versions save the tied head under its own name
+            (embedding,) = (name for name in found if name.endswith(_EMBEDDINGS))
+            if not torch.equal(self.read(_HEAD), self.read(embedding)):
+                raise CheckpointError(
+                    f"{self._folder}: {CONFIG} says tie_word_embeddings, but {_HEAD} is not {embedding}: set it to "
+                    "false there"
+                )
+            extra.remove(_HEAD)
         if missing or extra:
             raise CheckpointError(
                 f"{self._folder}: the weights do not match {CONFIG}: {len(missing)} missing{_first(missing)}, "
@@ -114,6 +143,12 @@ class _SourceWeights:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._where[name]}: {name} cannot be read: {error}") from None
 
+    def _slice(self, name: str, path: Path) -> Any:
+        try:
+            return self._open(path).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from None
+
     def _their_name(self, name: str) -> str:
         return name.removeprefix(self._prefix) if self._prefix else name
 
@@ -124,6 +159,17 @@ class _SourceWeights:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is damaged or missing: {error}") from None
         return self._files[path]
+
+
+def _read_index(folder: Path) -> dict[str, Path]:
+    """Where each tensor is. Raises `CheckpointError` for an index that is damaged, or points out of the folder."""
+    index = _read_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(f"{folder / INDEX} is damaged: it has no weight_map of names and files")
+    if outside := [file for file in names.values() if Path(file).name != file]:
+        raise CheckpointError(f"{folder / INDEX} names {outside[0]!r}, which is not a file of the folder")
+    return {name: folder / file for name, file in names.items()}
 
 
 def _write_weights(
@@ -173,13 +219,6 @@ def _manifest(config: TrainConfig, files: list[FileEntry], precision: str) -> Ma
         versions={"megalite": megalite.__version__, "torch": torch.__version__},
         files=files,
     )
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer of a Hugging Face folder, in a folder of ours; nothing when it has none that can be read."""
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if any(file.name in ("tokenizer.json", "tokenizer.model", "merges.txt") for file in files):
-        load_tokenizer(source).save(target)
 
 
 def _read_json(path: Path) -> Any:

@@ -7,14 +7,25 @@ from megalite.config.schema import ModelConfig
 from megalite.convert.family import Family, Rule
 from megalite.errors import ConfigError
 
+_LENGTH = {"original_max_position_embeddings": "original_max_sequence_length"}
+# rope_type -> its keys in config.json and ours.
+SCALINGS = {
+    "linear": {},
+    "llama3": _LENGTH | {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"},
+    "yarn": _LENGTH | {"beta_slow": "beta_slow", "beta_fast": "beta_fast"},
+}
+_YARN_SCALES = ("attention_factor", "mscale", "mscale_all_dim")  # ours has YaRN's own default
+
 
 def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
-    biases = {bool(hf.get("attention_bias")), bool(hf.get("mlp_bias"))}
-    if len(biases) > 1:
+    if bool(hf.get("attention_bias")) != bool(hf.get("mlp_bias")):
         raise ConfigError("config.json: attention_bias and mlp_bias differ; known: both or neither")
+    return _read_unbiased(hf) | {"bias": bool(hf.get("mlp_bias"))}
+
+
+def _read_unbiased(hf: Mapping[str, Any]) -> dict[str, Any]:
     heads = hf["num_attention_heads"]
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    base = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    base, scaling = _read_rotary(hf)
     return {
         "vocab_size": hf["vocab_size"],
         "max_sequence_length": hf["max_position_embeddings"],
@@ -28,45 +39,58 @@ def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "activation": "swiglu",
         "positions": "rotary",
-        "rotary_base": float(base),
-        "rotary_scaling": _read_scaling(rope),
-        "bias": biases.pop(),
+        "rotary_base": base,
+        "rotary_scaling": scaling,
+        "bias": False,
         "tied_embeddings": hf.get("tie_word_embeddings", False),
         "init_std": hf.get("initializer_range", 0.02),
     }
 
 
-def _read_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']!r}; known: 1.0")
+def _read_rotary(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of those before it.
+
+    Where a file has both they must say the same: versions differ in which one they take.
+    """
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        if (rope := hf.get(key)) is None:
+            continue
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"config.json: {key} is {rope!r}; known: a mapping with rope_type")
+        base = rope.get("rope_theta", hf.get("rope_theta"))
+        found[key] = (10000.0 if base is None else float(base), _read_scaling(rope, hf))
+    if len(set(map(repr, found.values()))) > 1:
+        raise ConfigError("config.json: rope_parameters and rope_scaling say different things; keep the right one")
+    base = hf.get("rope_theta")
+    default = (10000.0 if base is None else float(base), None)
+    return next(iter(found.values()), default)
+
+
+def _read_scaling(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    for key, known in {"partial_rotary_factor": 1.0, "truncate": True, **dict.fromkeys(_YARN_SCALES)}.items():
+        if (value := rope.get(key, known)) not in (known, None):
+            raise ConfigError(f"config.json: {key} is {value!r}; known: {known!r}")
     if kind == "default":
         return None
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError(f"config.json: rope_type is {kind!r}; known: default, linear, llama3, yarn")
-    if kind == "yarn" and {"attention_factor", "mscale", "mscale_all_dim"} & set(rope):
-        raise ConfigError("config.json: YaRN with attention_factor or mscale; known: with its own default")
-    names = {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_max_sequence_length",
-        "low_freq_factor": "low_frequency_factor",
-        "high_freq_factor": "high_frequency_factor",
-        "beta_slow": "beta_slow",
-        "beta_fast": "beta_fast",
-    }
-    return {"method": kind} | {ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None}
+    if kind not in SCALINGS:
+        raise ConfigError(f"config.json: rope_type is {kind!r}; known: default, {', '.join(SCALINGS)}")
+    values: dict[str, Any] = {"method": kind, "factor": float(rope["factor"])}
+    for theirs, ours in SCALINGS[kind].items():
+        if rope.get(theirs) is not None:
+            values[ours] = rope[theirs]
+    if kind != "linear" and "original_max_sequence_length" not in values:
+        length = hf.get("original_max_position_embeddings")
+        values["original_max_sequence_length"] = length or hf["max_position_embeddings"]
+    return values
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling := model.rotary_scaling:
         rope = {"rope_type": scaling.method, "factor": scaling.factor}
-        if scaling.method in ("llama3", "yarn"):
-            rope["original_max_position_embeddings"] = scaling.original_max_sequence_length
-        if scaling.method == "llama3":
-            rope |= {"low_freq_factor": scaling.low_frequency_factor, "high_freq_factor": scaling.high_frequency_factor}
-        if scaling.method == "yarn":
-            rope |= {"beta_slow": scaling.beta_slow, "beta_fast": scaling.beta_fast}
+        rope |= {theirs: getattr(scaling, ours) for theirs, ours in SCALINGS[scaling.method].items()}
     return {
         "vocab_size": model.known_vocab_size,
         "max_position_embeddings": model.max_sequence_length,
@@ -91,9 +115,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return _read_llama({**hf, "attention_bias": False, "mlp_bias": False}) | {
-        "sliding_window": hf.get("sliding_window")
-    }
+    return _read_unbiased(hf) | {"sliding_window": hf["sliding_window"]}
 
 
 def _write_mistral(model: ModelConfig) -> dict[str, Any]:
@@ -101,7 +123,7 @@ def _write_mistral(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return _read_llama({**hf, "attention_bias": False, "mlp_bias": False}) | {"qkv_bias": True}
+    return _read_unbiased(hf) | {"qkv_bias": True}
 
 
 def _write_qwen(model: ModelConfig) -> dict[str, Any]:
@@ -109,7 +131,7 @@ def _write_qwen(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return _read_qwen2(hf) | {"qkv_bias": None, "qk_norm": True}
+    return _read_unbiased(hf) | {"qk_norm": True}
 
 
 def _llama_rules(model: ModelConfig) -> Iterator[Rule]:

@@ -13,9 +13,10 @@ from megalite.models import build_model, named_logical_parameters
 
 # Precision -> torch's type, the name in safetensors, bytes.
 DTYPES = {"fp32": (torch.float32, "F32", 4), "bf16": (torch.bfloat16, "BF16", 2), "fp16": (torch.float16, "F16", 2)}
+# What an import keeps of its source, for an export to give back: a folder of the run.
+CARRIED = "hf"
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                   "vocab.json", "merges.txt")  # fmt: skip
+GENERATION = "generation_config.json"
 
 
 def logical_shards(model: ModelConfig) -> dict[str, Shard]:

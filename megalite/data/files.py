@@ -11,6 +11,7 @@ import xxhash
 
 from megalite.errors import DataError
 
+OVERWRITE_HINT = ", or set overwrite=true to replace it"  # for commands that have such a key
 _READ_BYTES = 1 << 24
 
 
@@ -18,28 +19,45 @@ _READ_BYTES = 1 << 24
 def new_directory(path: Path, overwrite_mark: str | None = None) -> Iterator[Path]:
     """A temporary sibling of `path` to fill; renamed to `path` when the block ends well, removed when it fails.
 
-    `overwrite_mark`: an existing `path` is replaced if it holds a file of this name (so that only a directory of the
-    same kind is ever removed). Without it an existing `path` is refused. Raises `DataError`.
+    `overwrite_mark`: see `refuse_existing`. Raises `DataError`.
     """
-    _refuse_existing(path, overwrite_mark)
+    refuse_existing(path, overwrite_mark)
     temporary = _sibling(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        sync_directory(temporary)
-        _refuse_existing(path, overwrite_mark)
-        replaced = _sibling(path) if path.exists() else None
-        if replaced:
-            path.rename(replaced)
-        try:
-            temporary.rename(path)
-        except OSError as error:
-            raise DataError(f"{path} could not be put in place: {error}. Is another process writing it?") from None
-        sync_directory(path.parent)
-        if replaced:
-            shutil.rmtree(replaced)
+        commit_directory(temporary, path, overwrite_mark)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_directory(temporary: Path, path: Path, overwrite_mark: str | None = None) -> None:
+    """Give a whole directory on the same file system its final name. Raises `DataError` as `refuse_existing` does."""
+    sync_directory(temporary)
+    refuse_existing(path, overwrite_mark)
+    replaced = _sibling(path) if path.exists() else None
+    if replaced:
+        path.rename(replaced)
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        raise DataError(f"{path} could not be put in place: {error}. Is another process writing it?") from None
+    sync_directory(path.parent)
+    if replaced:
+        shutil.rmtree(replaced)
+
+
+def refuse_existing(path: Path, overwrite_mark: str | None, hint: str = "") -> None:
+    """Raise `DataError` for a `path` that exists, unless it holds a file named `overwrite_mark`, or nothing.
+
+    So only a directory of the same kind is ever replaced. `hint`: what else a user may do.
+    """
+    if not os.path.lexists(path):
+        return
+    if overwrite_mark is None:
+        raise DataError(f"{path} exists already: choose another output{hint}")
+    if not (path / overwrite_mark).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise DataError(f"{path} was not written by this command (no {overwrite_mark} in it): it is not overwritten")
 
 
 def digest_file(path: Path) -> str:
@@ -66,15 +84,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _refuse_existing(path: Path, overwrite_mark: str | None) -> None:
-    if not os.path.lexists(path):
-        return
-    if overwrite_mark is None:
-        raise DataError(f"{path} exists already: choose another output, or set overwrite=true to replace it")
-    if not (path / overwrite_mark).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise DataError(f"{path} was not written by this command (no {overwrite_mark} in it): it is not overwritten")
 
 
 def _sibling(path: Path) -> Path:

@@ -37,8 +37,9 @@ GATED = frozenset({"swiglu"})  # these take a gate beside the value: two matrice
 class MLP(nn.Module):
     """Y = act(X A^T + a) B^T + b, with A split by columns and B by rows; a gated activation has (gate, up) as its A.
 
-    Shapes: x_BSD, equal on all ranks -> (B, S, D), equal on all ranks.
-    Communication: forward one all-reduce (after B), backward one (before A).
+    Shapes: x_BSD -> (B, S, D), equal on all ranks; with sequence parallelism each rank's own part of S.
+    Communication: forward one all-reduce (after B), backward one (before A); with sequence parallelism an all-gather
+    (before A) and a reduce-scatter (after B), backward the same the other way round and the gather again.
     """
 
     def __init__(

@@ -76,6 +76,11 @@ def _frequencies(size: int, base: float, device: torch.device) -> Tensor:
     return torch.pow(base, -exponents)
 
 
+def ntk_base(base: float, factor: float, head_size: int) -> float:
+    """The base with which the slowest rotation of a head is slower by `factor` and the fastest the same."""
+    return base * factor ** (head_size / (head_size - 2))
+
+
 def _scaled(frequencies: Tensor, base: float, scaling: RotaryScalingConfig) -> tuple[Tensor, float]:
     """Frequencies for sequences `factor` times as long as those first trained on, and what cos and sin are scaled by.
 
@@ -89,7 +94,7 @@ def _scaled(frequencies: Tensor, base: float, scaling: RotaryScalingConfig) -> t
         case "linear":
             return frequencies / factor, 1.0
         case "ntk":
-            return _frequencies(2 * half, base * factor ** (half / (half - 1)), frequencies.device), 1.0
+            return _frequencies(2 * half, ntk_base(base, factor, 2 * half), frequencies.device), 1.0
         case "yarn":
             low, high = (
                 half * math.log(scaling.original_max_sequence_length / (2 * math.pi * turns)) / math.log(base)

@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document: int
     end_of_document_text: str
+    begin_of_document: int  # what the library puts before a text; otherwise the end of the document before it
     unknown: int | None  # the id that stands for text the tokenizer cannot spell; None: it has none
 
     @property

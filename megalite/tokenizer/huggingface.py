@@ -46,6 +46,7 @@ class HuggingFaceTokenizer:
                 f"tokenizer {path} has no token {self.end_of_document_text!r}, which {CONFIG} names as its last one"
             )
         self.end_of_document = vocabulary[self.end_of_document_text]
+        self.begin_of_document = next(iter(self._tokenizer.encode("").ids), self.end_of_document)
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = {self.end_of_document} | {i for i, token in added.items() if token.special}
         self._added = {i: token.content for i, token in added.items()}

@@ -22,8 +22,9 @@ class Piece:
 def library_content(pieces: Sequence[Piece], unknown: int) -> dict[str, Any]:
     """The tokenizer.json of a model's pieces in the order of their ids; `unknown`: the id of the unknown piece.
 
-    What that library does otherwise: a text that spells out U+2581 gets the piece of a space and, of a unigram model,
-    one that spells out a control piece gets its id.
+    What that library does otherwise: a text that spells out U+2581 gets the piece of a space; of a unigram model, one
+    that spells out a control or byte piece (`<0x41>`) gets its id; and transformers takes control pieces in a text for
+    what they name, unless told not to.
     """
     scores = [piece.score for piece in pieces if piece.kind == "normal"]
     model: dict[str, Any]

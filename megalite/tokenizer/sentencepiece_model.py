@@ -27,6 +27,7 @@ class SentencePieceTokenizer:
         self.end_of_document = self._model.eos_id()
         if self.end_of_document < 0:
             raise DataError(f"tokenizer {path} has no end-of-sentence id, which ends documents: train it with eos_id")
+        self.begin_of_document = self.end_of_document
         self.end_of_document_text = self._model.id_to_piece(self.end_of_document)
         self.unknown = self._model.unk_id()
         self._space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SP_SPACE.encode()]

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint import load_model
-from megalite.config.schema import EvaluateConfig, GenerateConfig, ModelConfig, ParallelConfig
-from megalite.convert.exporting import export_model, export_tokenizer
-from megalite.convert.families import FAMILIES, family_for, read_model
+from megalite.config.compose import compose_train
+from megalite.config.schema import EvaluateConfig, GenerateConfig, ModelConfig, ParallelConfig, RotaryScalingConfig
+from megalite.convert.exporting import export_model
+from megalite.convert.families import FAMILIES, family_for, plain, read_model
 from megalite.convert.importing import import_model
-from megalite.errors import CheckpointError, ConfigError, DataError
+from megalite.convert.tokenizer_files import export_tokenizer
+from megalite.errors import CheckpointError, ConfigError, DataError, ResourceError
 from megalite.evaluate import evaluate
 from megalite.generate import sample_tokens
 from megalite.launch.cli import main
@@ -29,13 +31,14 @@ from tests.runs import tiny_config, train_on_ranks, write_store
 transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
 
-GPT2 = {"vocab_size": 301, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4}
+GPT2 = {"vocab_size": 301, "n_positions": 80, "n_embd": 48, "n_layer": 3, "n_head": 4}
 LLAMA = {
-    "vocab_size": 301, "max_position_embeddings": 64, "num_hidden_layers": 3, "hidden_size": 48,
+    "vocab_size": 301, "max_position_embeddings": 80, "num_hidden_layers": 3, "hidden_size": 48,
     "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }  # fmt: skip
 ROPE = {"rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = ROPE | {"rope_type": "yarn"}
 LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS = {
     "gpt2": ("GPT2", GPT2),
@@ -43,7 +46,7 @@ MODELS = {
     "llama": ("Llama", LLAMA | {"rope_parameters": LLAMA3}),
     "llama_tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 7, "head_dim": 16}),
-    "qwen2": ("Qwen2", LLAMA | {"rope_parameters": ROPE | {"rope_type": "yarn"}}),
+    "qwen2": ("Qwen2", LLAMA | {"rope_parameters": YARN}),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
@@ -113,22 +116,30 @@ def test_a_round_trip_is_bit_identical(saved, tmp_path, dtype):
         assert after[name].dtype == dtype
 
 
+def greedy_tokens(run_dir, config, tensor, prompt):
+    """64 of our tokens after `prompt`; on every rank."""
+    mesh = build_mesh(ParallelConfig(tensor=tensor, sequence=False), CPU)
+    model = build_model(config.model, mesh).eval()
+    materialize(model, mesh, seed=0)
+    load_model(model, run_dir / "checkpoints/step_00000000", mesh)
+    how = GenerateConfig(run_dir="", temperature=0.0, max_new_tokens=64)
+    return list(sample_tokens(model, prompt, -1, 80, how, torch.Generator(), config.data))
+
+
 def test_greedy_text_is_the_same(saved, tmp_path):
     model, folder = saved
-    import_model(folder, tmp_path / "run")
+    config = import_model(folder, tmp_path / "run")
     prompt = tokens()[0, :5]
-    run = load_run(str(tmp_path / "run"), None)
-    config = GenerateConfig(run_dir="", temperature=0.0, max_new_tokens=50)
-    found = list(sample_tokens(run.model, prompt.tolist(), -1, 64, config, torch.Generator(), run.config.data))
-    sequence = prompt[None]
-    with torch.no_grad():
-        for token in found:
-            best = model(sequence).logits[0, -1].topk(2)
-            if best.values[0] - best.values[1] < 1e-4:
-                break
-            assert token == best.indices[0]
-            sequence = torch.cat([sequence, best.indices[:1, None]], dim=1)
-    assert len(found) == 50
+    for tensor in (1, 2):
+        for found in run_ranks(tensor, greedy_tokens, tmp_path / "run", config, tensor, prompt.tolist()):
+            assert len(found) == 64
+            with torch.no_grad():
+                logits = model(torch.cat([prompt, torch.tensor(found)])[None]).logits[0, len(prompt) - 1 : -1]
+            best = logits.topk(2)
+            for step, token in enumerate(found):
+                if best.values[step, 0] - best.values[step, 1] < 1e-4:
+                    break
+                assert token == best.indices[step, 0]
 
 
 def test_shards_and_the_names_of_older_files_are_read(tmp_path):
@@ -168,7 +179,10 @@ def test_export_in_several_files(tmp_path, monkeypatch):
         (lambda weights: weights.update(extra=torch.ones(1)), r"1 without a place \(first extra\)"),
         (lambda weights: weights.update({"model.norm.weight": torch.ones(2)}), r"norm\.weight is \(2,\), .* \(48,\)"),
         (lambda weights: weights["model.norm.weight"].fill_(float("nan")), r"model\.norm\.weight holds infinities or"),
-        (lambda weights: weights.update({"lm_head.weight": torch.ones(301, 48, dtype=torch.int8)}), "known: fp32, bf"),
+        (
+            lambda weights: weights.update({"lm_head.weight": torch.ones(301, 48, dtype=torch.int8)}),
+            "lm_head.weight is I8; known: F32, BF16, F16",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
@@ -195,6 +209,17 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; known: False"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True; known: False"),
         ({"num_hidden_layers": None}, r"model\.num_layers"),
+        ({"is_causal": False}, "is_causal is False; known: True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate is False; known: True"),
+        ({"rope_parameters": YARN | {"mscale": 1.0}}, "mscale is 1.0; known: None"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "lacks 'factor'"),
+        ({"rope_parameters": "yarn"}, "rope_parameters is 'yarn'"),
+        ({"rope_parameters": YARN, "rope_scaling": LLAMA3}, "rope_parameters and rope_scaling say different things"),
+        ({"num_key_value_heads": 3}, r"model\.num_key_value_heads: found 3"),
+        ({"hidden_size": -48}, r"model\.hidden_size: found -48"),
+        ({"rms_norm_eps": float("nan")}, r"model\.norm_eps: found nan"),
+        ({"hidden_size": "wide"}, "describes no model|model.hidden_size"),
     ],
 )
 def test_architectures_that_are_not_ours_are_refused(tmp_path, keys, message):
@@ -288,6 +313,158 @@ def test_transformers_reads_an_exported_sentencepiece_model_as_we_do(tmp_path, k
         ids = again.encode(text, add_special_tokens=False)
         assert ids == ours.encode(text)
         assert again.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0}},
+        {"rope_parameters": YARN | {"attention_factor": None, "mscale": None, "truncate": True}},
+        {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2}},
+    ],
+    ids=["length left out", "nulls", "old names"],
+)
+def test_spellings_of_rotary_scaling(tmp_path, keys):
+    """transformers reads the same file; where it leaves the length out that is the model's own."""
+    model = theirs("llama")
+    model.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", attn_implementation="eager").eval()
+    config = import_model(tmp_path / "theirs", tmp_path / "run")
+    with torch.no_grad():
+        wanted = again(tokens()).logits
+    assert (our_logits(tmp_path / "run", config, 1) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_scaling_that_is_a_larger_base_is_exported_as_one():
+    scaling = RotaryScalingConfig(method="ntk", factor=4.0)
+    model = ModelConfig(
+        vocab_size=100, norm="rmsnorm", activation="swiglu", positions="rotary", bias=False, rotary_scaling=scaling
+    )
+    assert family_for(plain(model)).model_type == "llama"
+    assert plain(model).rotary_base == pytest.approx(10000 * 4 ** (32 / 30))
+    linear = dataclasses.replace(model, rotary_scaling=RotaryScalingConfig(method="linear", beta_fast=7.0))
+    assert family_for(plain(linear)).model_type == "llama"
+
+
+def test_keys_that_nobody_knows_are_said(tmp_path, caplog):
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs/config.json"
+    import_model(tmp_path / "theirs", tmp_path / "quiet")
+    assert not caplog.messages
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"residual_multiplier": 0.5}))
+    import_model(tmp_path / "theirs", tmp_path / "run")
+    assert caplog.messages == ["config.json: not used, though they may matter: residual_multiplier"]
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_a_tied_head_of_its_own(tmp_path):
+    theirs("llama_tied").save_pretrained(tmp_path / "theirs")
+    embedding = "model.embed_tokens.weight"
+    change_weights(tmp_path / "theirs", lambda weights: weights.update({"lm_head.weight": weights[embedding].clone()}))
+    import_model(tmp_path / "theirs", tmp_path / "run")
+    change_weights(tmp_path / "theirs", lambda weights: weights["lm_head.weight"].add_(1))
+    with pytest.raises(CheckpointError, match=r"says tie_word_embeddings, but lm_head\.weight is not model\.embed"):
+        import_model(tmp_path / "theirs", tmp_path / "other")
+
+
+def test_tensors_of_several_precisions_keep_their_values(tmp_path):
+    theirs("llama").to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    fine = torch.rand(48, generator=torch.Generator().manual_seed(0))
+    change_weights(tmp_path / "theirs", lambda weights: weights.update({"model.norm.weight": fine}))
+    import_model(tmp_path / "theirs", tmp_path / "run")
+    export_model(tmp_path / "run/checkpoints/step_00000000", tmp_path / "out", None, None)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "out"))
+    for name, tensor in before.items():
+        assert torch.equal(tensor.float(), after[name]), name
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "has no weight_map"),
+        ({"weight_map": {"a": None}}, "has no weight_map"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "is not a file of the folder"),
+    ],
+)
+def test_a_damaged_index(tmp_path, index, message):
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        import_model(tmp_path / "theirs", tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null"])
+def test_a_config_that_is_no_mapping(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        import_model(tmp_path, tmp_path / "run")
+
+
+def test_an_output_that_cannot_be_made(tmp_path):
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ResourceError, match=r"writing .* failed"):
+        import_model(tmp_path / "theirs", tmp_path / "theirs/config.json/run")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_the_keys_that_import_prints_train_that_model(tmp_path, capsys, name):
+    theirs(name).save_pretrained(tmp_path / "theirs")
+    assert main(["import", f"hf={tmp_path}/theirs", f"output={tmp_path}/run"]) == 0
+    keys = capsys.readouterr().out.splitlines()[-1].split()
+    imported = load_run(str(tmp_path / "run"), None).config.model
+    assert compose_train(["data.train=unused", *keys]).model == imported
+
+
+def test_special_tokens_and_settings_come_back(tmp_path):
+    """What an import reads of a folder an export gives back: ids, generation, chat template."""
+    config = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 3}
+    generation = {"temperature": 0.6, "do_sample": True, "eos_token_id": [2, 5]}
+    settings = {"eos_token": "</s>", "chat_template": "{{ messages }}", "model_max_length": 77}
+    source = tmp_path / "theirs"
+    theirs("llama").save_pretrained(source)
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | config))
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = make_tokenizer(tmp_path)
+    export_tokenizer(tokenizer, source)
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert main(["import", f"hf={source}", f"output={tmp_path}/run"]) == 0
+    assert main(["export", f"run_dir={tmp_path}/run", f"output={tmp_path}/out"]) == 0
+    read = {name: json.loads((tmp_path / "out" / name).read_text()) for name in
+            ("config.json", "generation_config.json", "tokenizer_config.json")}  # fmt: skip
+    assert {key: read["config.json"][key] for key in config} == config
+    assert read["generation_config.json"] == generation
+    assert read["tokenizer_config.json"] == settings
+    # Another tokenizer takes its place: the settings are not those of this one.
+    shutil.rmtree(tmp_path / "run/tokenizer")
+    shutil.copytree(make_tokenizer(tmp_path / "run", 500), tmp_path / "other")
+    assert main(["export", f"run_dir={tmp_path}/run", f"output={tmp_path}/again"]) == 0
+    assert json.loads((tmp_path / "again/tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    assert "chat_template" not in json.loads((tmp_path / "again/tokenizer_config.json").read_text())
+
+
+def test_special_tokens_of_a_run_of_ours(tmp_path):
+    theirs("llama").save_pretrained(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "run")
+    tokenizer = make_tokenizer(tmp_path)
+    export_model(tmp_path / "run/checkpoints/step_00000000", tmp_path / "out", None, tokenizer)
+    end = load_tokenizer(tokenizer).end_of_document
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "out" / name).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (end, end)
+
+
+def test_a_sentencepiece_model_that_transformers_would_misread_is_left_out(tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    export_tokenizer(make_tokenizer(tmp_path, 200, byte_fallback=False), tmp_path / "out")
+    assert "the tokenizer is left out" in caplog.text
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_which_checkpoint_is_exported(tmp_path, capsys):

@@ -11,7 +11,7 @@ from megalite.config.compose import compose_train
 from megalite.errors import ConfigError
 from megalite.launch import parity as command
 from megalite.launch.parity import compare, expand
-from megalite.layers import context, documents, linear, region
+from megalite.layers import context, documents, linear, norm, region
 from megalite.models import decoder
 from tests.layers import plants
 
@@ -140,6 +140,24 @@ def norm_of_one_tensor_rank():
     engine.clip_grad_norm = lambda parameters, clip, axis: honest(parameters, clip, dataclasses.replace(axis, size=1))
 
 
+def scatter_repeats_its_gradient():
+    comm._Scatter.backward = staticmethod(lambda ctx, grad: (torch.cat([grad] * ctx.axis.size, ctx.dim), None, None))
+
+
+def leave_repeats_its_gradient():
+    comm._Leave.backward = staticmethod(lambda ctx, grad: (torch.cat([grad] * ctx.axis.size, ctx.dim), None, None))
+
+
+def largest_logit_of_one_rank():
+    honest = comm.all_reduce
+    comm.all_reduce = lambda x, axis, op="sum": x if op == "max" else honest(x, axis, op)
+
+
+def norms_of_own_heads_are_not_summed():
+    honest = norm.RMSNorm.__init__
+    norm.RMSNorm.__init__ = lambda self, size, eps, axis, of_own_heads=False: honest(self, size, eps, axis)
+
+
 TINY = ["data.train=unused", "model=tiny", "parallel.tensor=1"]
 RING = ["parallel.context=2", "parallel.context_method=ring", "data.document_attention=true"]
 ULYSSES = ["parallel.context=2", "parallel.context_method=ulysses", "data.document_attention=true"]
@@ -175,6 +193,13 @@ def one_reference():
         (
             [*TINY[:2], "parallel.tensor=2", "launch.nproc_per_node=2", "model.sliding_window=64"],
             window_is_ignored,
+        ),
+        ([*TINY[:2], "parallel.tensor=2", "launch.nproc_per_node=2"], scatter_repeats_its_gradient),
+        ([*TINY[:2], "parallel.tensor=2", "launch.nproc_per_node=2"], leave_repeats_its_gradient),
+        ([*TINY[:2], "parallel.tensor=2", "launch.nproc_per_node=2"], largest_logit_of_one_rank),
+        (
+            ["model.qk_norm=true", "parallel.tensor=2", "parallel.sequence=false", "launch.nproc_per_node=2"],
+            norms_of_own_heads_are_not_summed,
         ),
         (RING, masks_are_ignored),
         (ULYSSES, masks_are_ignored),

@@ -1,0 +1,67 @@
+"""Tokenizers of Hugging Face folders, in and out.
+
+From a bare tokenizer.model transformers builds a `LlamaTokenizer`, which puts a space before every text: for a model
+trained without that, other ids (seen with transformers 5.23). So every tokenizer of ours goes out as a tokenizer.json.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megalite.convert.tensors import CARRIED
+from megalite.data.files import write_synced
+from megalite.log import get_logger
+from megalite.tokenizer import load_tokenizer
+from megalite.tokenizer.base import CONFIG, GPT2_FILES, HF_JSON, SP_MODEL
+
+_FILES = (HF_JSON, SP_MODEL, *GPT2_FILES)
+_SETTINGS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_DIGEST = "tokenizer.digest"  # of the tokenizer that the settings belong to
+
+log = get_logger(__name__)
+
+
+def import_tokenizer(source: Path, run_dir: Path) -> None:
+    """Copy the tokenizer of a Hugging Face folder to a run, and its settings for an export; nothing if it has none.
+
+    Raises `DataError` for one that cannot be used.
+    """
+    carried = run_dir / CARRIED
+    carried.mkdir()
+    _copy(source, carried, _SETTINGS)
+    if any((source / name).is_file() for name in (HF_JSON, SP_MODEL, GPT2_FILES[1])):
+        tokenizer = load_tokenizer(source)
+        tokenizer.save(run_dir / "tokenizer")
+        (carried / _DIGEST).write_text(tokenizer.digest)
+
+
+def export_tokenizer(folder: Path, output: Path, carried: Path | None = None) -> None:
+    """The run's tokenizer under the names that transformers reads; `carried`: what `import_tokenizer` kept.
+
+    A SentencePiece model that has no form which transformers reads with the same ids is left out, which is logged.
+    """
+    tokenizer = load_tokenizer(folder)
+    if carried and (carried / _DIGEST).is_file() and (carried / _DIGEST).read_text() == tokenizer.digest:
+        _copy(folder, output, _FILES)
+        _copy(carried, output, _SETTINGS)
+        return
+    if (content := tokenizer.library_json()) is None:
+        log.warning(
+            "the tokenizer is left out: transformers would read this SentencePiece model with other ids (it has no "
+            "byte fallback, or changes the text)"
+        )
+        return
+    _copy(folder, output, _FILES)
+    if not (output / HF_JSON).is_file():
+        write_synced(output / HF_JSON, json.dumps(content, ensure_ascii=False) + "\n")
+    end = tokenizer.end_of_document_text
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    values |= {"eos_token": end, "bos_token": end, "add_eos_token": False}
+    write_synced(output / CONFIG, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
