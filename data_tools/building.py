@@ -1,102 +1,78 @@
 """Documents -> token stores: `output/{train,validation}/<source>/`, and a report beside them.
 
-The parent reads and writes in order; worker processes only encode, so the bytes do not depend on how many there are.
-Everything is written under a temporary name and renamed once, when all stores are whole.
+1. The input is cut into units (files). Workers read, clean, hash and encode them into segments (`units.py`), in a work
+   directory beside the output. A segment is written whole and done once: a build that was killed goes on from there.
+2. Duplicates are found over all segments (`dedup.py`).
+3. The segments that are left are put together, in the order of the input (`merging.py`), and get the final name.
+
+The segments depend on the input and the configuration alone, so the stores are the same bytes for any number of workers
+and however often the build was killed.
 """
 
-import functools
+import dataclasses
+import glob
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+import megalite
 from megalite.config.schema_data import DataBuildConfig
 from megalite.config.validate_commands import validate_data_build
-from megalite.data.files import new_directory, write_synced
-from megalite.data.writer import StoreWriter
+from megalite.data.files import OVERWRITE_HINT, commit_directory, refuse_existing, write_synced
+from megalite.data.manifest import DTYPES, dtype_for
 from megalite.errors import DataError, ResourceError
+from megalite.guard.lock import RunLock
 from megalite.log import get_logger
 from megalite.tokenizer import Tokenizer, load_tokenizer
 
-from .readers import Document, ReadReport, iter_documents
+from .build_page import build_page
+from .build_report import REPORT, REPORT_PAGE, BuildReport, make_report
+from .decontamination import write_ngrams
+from .dedup import find_duplicates
+from .merging import WrittenStore, write_stores
+from .minhash import require_minhash
+from .readers import default_source, find_files
+from .segments import Counts, finished_heads, open_segments, read_done
+from .units import SEGMENT_BYTES, Unit, Worker
 
 log = get_logger(__name__)
 
-REPORT = "build_report.json"
-_CHUNK_BYTES = 1 << 18  # text that a worker encodes at a time
-_CHUNK_DOCUMENTS = 1024
-_MAX_SOURCES = 64  # each holds up to six files open
 _LOG_SECONDS = 30
-
-Encoded = tuple[NDArray[np.uint32], list[int]]  # ids of a chunk's documents side by side, and their counts
-
-
-@dataclass
-class StoreReport:
-    """Counts of one store; tokens include the end-of-document ones. `unknown_tokens` are text that was lost."""
-
-    documents: int
-    tokens: int
-    unknown_tokens: int
-    bytes: int
-    bytes_per_token: float
-
-
-@dataclass
-class BuildReport:
-    """What a build read, skipped and wrote. `stores` is keyed by the path below `output`, such as train/books."""
-
-    output: str
-    tokenizer_digest: str
-    files: int = 0
-    documents_read: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    stores: dict[str, StoreReport] = field(default_factory=dict)
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """Where each store stands."""
-        return {name: Path(self.output) / name for name in self.stores}
+# What the bytes of a build do not depend on, or where they go.
+_NOT_IN_DIGEST = ("workers", "overwrite", "output")
 
 
 def build_store(config: DataBuildConfig) -> BuildReport:
-    """Tokenise `config.input` into stores below `config.output`.
+    """Tokenise `config.input` into stores below `config.output`; a build that was killed is gone on with.
 
     Raises `ConfigError` for values out of range, `DataError` for bad input, an unfit tokenizer, an output that exists
-    (without `overwrite`) or no document at all, `ResourceError` when the disk or a worker gives out. After an error
-    nothing stands under the final name.
+    (without `overwrite`) or no document at all, `ResourceError` when the disk or a worker gives out, or another build
+    is at it. After an error nothing stands under the final name.
     """
     validate_data_build(config)
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    mark = REPORT if config.overwrite else None
     output = Path(config.output)
-    read = ReadReport()
-    report = BuildReport(output=config.output, tokenizer_digest=tokenizer.digest)
+    refuse_existing(output, mark, OVERWRITE_HINT)
+    if config.dedup.near:
+        require_minhash()
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    files = find_files(config.input, config.reader.format)
+    work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer)}")
+    units = _units(config, files, work)
     try:
-        with new_directory(output, overwrite_mark=REPORT if config.overwrite else None) as temporary:
-            documents = iter_documents(config.input, config.reader, read)
-            with closing(_encoded(documents, tokenizer, config)) as encoded:
-                writers, unknown = _write_stores(temporary, encoded, tokenizer, config)
-            if not writers:
-                raise DataError(
-                    f"no document is left of {read.files} files; skipped: {dict(read.skipped) or 'nothing'}"
-                )
-            report.files, report.documents_read = read.files, read.documents
-            report.skipped = dict(sorted(read.skipped.items()))
-            report.stores = {name: _store_report(writer, unknown[name]) for name, writer in sorted(writers.items())}
-            write_synced(temporary / REPORT, json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+        with _work_directory(work, units):
+            report = _build(config, units, tokenizer, work)
+            commit_directory(work / "stores", output, mark)
     except OSError as error:
         raise ResourceError(f"writing {output} failed: {error}. Is the disk full, or the folder read-only?") from None
     except BrokenProcessPool:
@@ -104,134 +80,153 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     return report
 
 
-def _write_stores(
-    folder: Path, encoded: Iterable[tuple[Document, NDArray[np.uint32]]], tokenizer: Tokenizer, config: DataBuildConfig
-) -> tuple[dict[str, StoreWriter], Counter[str]]:
-    """Write each document into the store of its split and source.
+@contextmanager
+def _work_directory(work: Path, units: Sequence[Unit]) -> Iterator[None]:
+    """Make and lock a build's work directory; an error leaves it when there is much in it to go on from."""
+    for other in work.parent.glob(f"{glob.escape(work.name.rsplit('-', 1)[0])}-*"):
+        if other != work:
+            log.warning("%s is left of a build with other settings: remove it when it is not wanted", other)
+    lock = RunLock(work, "output", "build", "output")
+    try:
+        yield
+    except BaseException:
+        done = [unit for unit in units if read_done(unit.folder)]
+        if len(done) < len(units) and sum(unit.path.stat().st_size for unit in done) > SEGMENT_BYTES:
+            log.warning("%d of %d files are done and kept in %s: the same command goes on", len(done), len(units), work)
+        else:
+            shutil.rmtree(work)
+        raise
+    else:
+        shutil.rmtree(work)
+    finally:
+        lock.close()
 
-    Returns the writers, closed, and the counts of unknown tokens, both by path below `folder`.
-    """
-    writers: dict[str, StoreWriter] = {}
-    unknown: Counter[str] = Counter()
-    logged, documents = time.monotonic(), 0
-    with ExitStack() as stack:
-        for document, ids in encoded:
-            name = f"{document.split or _split_by_hash(document.id, config)}/{document.source}"
-            if name not in writers:
-                if len({key.split("/", 1)[1] for key in writers} | {document.source}) > _MAX_SOURCES:
-                    raise DataError(
-                        f"more than {_MAX_SOURCES} sources: is reader.source_column={config.reader.source_column} "
-                        "the right column?"
-                    )
-                writers[name] = stack.enter_context(_new_writer(folder / name, document.source, tokenizer, config))
-                writers[name].add_tokenizer(tokenizer)
-            writers[name].add_document(ids, document.num_bytes)
-            unknown[name] += 0 if tokenizer.unknown is None else int(np.count_nonzero(ids == tokenizer.unknown))
-            documents += 1
-            if time.monotonic() - logged > _LOG_SECONDS:
-                logged = time.monotonic()
-                log.info("%d documents, %d tokens", documents, sum(w.num_tokens for w in writers.values()))
-    if unknown.total():
-        log.warning(
-            "%d of %d tokens are unknown: text that the tokenizer cannot spell is lost; train one with byte fallback",
-            unknown.total(),
-            sum(writer.num_tokens for writer in writers.values()),
+
+def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer, work: Path) -> BuildReport:
+    """Fill `work/stores`."""
+    leaks = work / "ngrams" if config.decontaminate.input else None
+    if leaks:
+        looked_for = write_ngrams(leaks, config.decontaminate, config.reader)
+        log.info("%d n-grams of %d evaluation texts are looked for", looked_for.ngrams, looked_for.texts)
+    _run_units(units, config, leaks)
+    counts = _gather_counts(units)
+    segments = open_segments([unit.folder for unit in units], DTYPES[dtype_for(tokenizer.vocab_size)])
+    threshold = config.dedup.threshold if config.dedup.near else None
+    dropped, duplicates = find_duplicates(segments, config.dedup.exact, threshold, _fresh(work / "duplicates"))
+    stores = _fresh(work / "stores")
+    written = write_stores(stores, segments, dropped, tokenizer, config)
+    if not written:
+        raise DataError(
+            f"no document is left of {len(units)} files; skipped: {dict(counts.skipped) or 'nothing'}; "
+            f"dropped: {dict(counts.dropped) or 'nothing'}"
         )
-    return writers, unknown
+    _warn_of_unknown(counts, written)
+    report = make_report(config.output, tokenizer, len(units), counts, duplicates, written, segments)
+    write_synced(stores / REPORT, json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n")
+    write_synced(stores / REPORT_PAGE, build_page(report))
+    return report
 
 
-def _new_writer(path: Path, source: str, tokenizer: Tokenizer, config: DataBuildConfig) -> StoreWriter:
-    return StoreWriter(
-        path,
-        vocab_size=tokenizer.vocab_size,
-        end_of_document=tokenizer.end_of_document,
-        source=source,
-        shard_tokens=config.shard_tokens,
-    )
+def _digest(config: DataBuildConfig, tokenizer: Tokenizer) -> str:
+    """Of all that segments depend on beside their own files."""
+    values = dataclasses.asdict(config)
+    for name in _NOT_IN_DIGEST:
+        values.pop(name)
+    evaluations = find_files(config.decontaminate.input, "auto") if config.decontaminate.input else []
+    identities = [_identity(path) for path in evaluations]
+    text = json.dumps([megalite.__version__, tokenizer.digest, values, identities], sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def _store_report(writer: StoreWriter, unknown_tokens: int) -> StoreReport:
-    ratio = writer.num_bytes / writer.num_tokens
-    return StoreReport(writer.num_documents, writer.num_tokens, unknown_tokens, writer.num_bytes, round(ratio, 4))
+def _units(config: DataBuildConfig, files: Sequence[Path], work: Path) -> list[Unit]:
+    """One for each file, in order; its folder is named by what the file is, so that a changed one is read again."""
+    source = default_source(config.input, files, config.reader)
+    units = []
+    for path in files:
+        name = xxhash.xxh3_64_hexdigest(json.dumps([*_identity(path), source]).encode())
+        units.append(Unit(path, source, work / f"unit_{name}"))
+    return units
 
 
-def _split_by_hash(document_id: str, config: DataBuildConfig) -> str:
-    """The split of a document that no column tells: a hash of the seed and its id, so that order does not matter."""
-    share = xxhash.xxh3_64_intdigest(f"{config.seed}/{document_id}".encode("utf-8", "surrogatepass")) / 2**64
-    return "validation" if share < config.validation_fraction else "train"
+def _identity(path: Path) -> list[str | int]:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def _encoded(
-    documents: Iterator[Document], tokenizer: Tokenizer, config: DataBuildConfig
-) -> Generator[tuple[Document, NDArray[np.uint32]], None, None]:
-    """Documents with their ids, in order. One worker is this process itself."""
-    workers = config.workers or os.cpu_count() or 1
-    chunks = _chunks(documents)
+def _run_units(units: Sequence[Unit], config: DataBuildConfig, leaks: Path | None) -> None:
+    """Do what is not done. One worker is this process itself."""
+    workers = min(config.workers or os.cpu_count() or 1, len(units))
     if workers == 1:
-        for chunk in chunks:
-            yield from _split_chunk(chunk, encode_chunk(tokenizer, [d.text for d in chunk]))
+        worker = Worker(config, leaks)
+        for unit in units:
+            worker.run(unit)
         return
     # Spawned, not forked: pyarrow has threads by now. Children import this module, hence no torch.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    encode = functools.partial(_encode_in_worker, config.tokenizer.path)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config, leaks))
     try:
-        yield from _in_order(pool, encode, chunks, at_once=2 * workers)
+        futures = [pool.submit(_run_in_worker, unit) for unit in units]
+        for future in futures:  # in order, so that the error is the same for any number of workers
+            while not wait([future], timeout=_LOG_SECONDS).done:
+                _log_progress(units)
+            future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, encode: Callable[[list[str]], Encoded], chunks: Iterator[list[Document]], at_once: int
-) -> Iterator[tuple[Document, NDArray[np.uint32]]]:
-    """Results in the order of the chunks, with a bounded number of them in memory."""
-    running: deque[tuple[list[Document], Future[Encoded]]] = deque()
-    for chunk in chunks:
-        running.append((chunk, pool.submit(encode, [d.text for d in chunk])))
-        if len(running) >= at_once:
-            done, future = running.popleft()
-            yield from _split_chunk(done, future.result())
-    for done, future in running:
-        yield from _split_chunk(done, future.result())
+def _log_progress(units: Sequence[Unit]) -> None:
+    heads = [head for unit in units if unit.folder.is_dir() for head in finished_heads(unit.folder)]
+    done = sum(1 for unit in units if read_done(unit.folder))
+    documents, tokens = sum(head.documents for head in heads), sum(head.tokens for head in heads)
+    log.info("%d of %d files done; so far %d documents, %d tokens", done, len(units), documents, tokens)
 
 
-def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += document.num_bytes
-        if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_DOCUMENTS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _gather_counts(units: Sequence[Unit]) -> Counts:
+    """What became of the input of all units, whose messages are logged."""
+    counts = Counts()
+    for unit in units:
+        done = read_done(unit.folder)
+        assert done is not None, f"{unit.path} was not finished"
+        for head in finished_heads(unit.folder):
+            counts.add(head.counts)
+        counts.add(done[0])
+        for message in done[1]:
+            log.warning("%s", message)
+    for reason, count in sorted(counts.skipped.items()):
+        log.warning("skipped in all: %d x %s", count, reason)
+    return counts
 
 
-def encode_chunk(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
-    """Ids of some documents in the compact form that travels between processes."""
-    encoded = tokenizer.encode_batch(texts)
-    return np.concatenate([np.array(ids, np.uint32) for ids in encoded]), [len(ids) for ids in encoded]
+def _warn_of_unknown(counts: Counts, written: Mapping[str, WrittenStore]) -> None:
+    if unknown := counts.unknown.total():
+        log.warning(
+            "%d of %d tokens are unknown: text that the tokenizer cannot spell is lost; train one with byte fallback",
+            unknown,
+            sum(store.writer.num_tokens for store in written.values()),
+        )
 
 
-def _split_chunk(chunk: list[Document], encoded: Encoded) -> Iterator[tuple[Document, NDArray[np.uint32]]]:
-    ids, counts = encoded
-    return zip(chunk, np.split(ids, np.cumsum(counts)[:-1]), strict=True)
+def _fresh(folder: Path) -> Path:
+    """An empty folder, whatever a killed build left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
-def _encode_in_worker(tokenizer_path: str, texts: list[str]) -> Encoded:
-    return encode_chunk(_tokenizer_of_worker(tokenizer_path), texts)
+_worker: Worker | None = None  # of this process, when it is one
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer_of_worker(path: str) -> Tokenizer:
-    return load_tokenizer(path)
+def _run_in_worker(unit: Unit) -> None:
+    assert _worker is not None, "the pool's initializer has made it"
+    _worker.run(unit)
 
 
-def start_worker() -> None:
+def _start_worker(config: DataBuildConfig, leaks: Path | None) -> None:
     """What a worker needs first: one thread, Ctrl-C left to the parent, and an end when the parent is killed.
 
     Without the last a worker would wait for work for ever.
     """
+    global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -242,3 +237,4 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    _worker = Worker(config, leaks)

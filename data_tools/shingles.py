@@ -63,7 +63,9 @@ def word_hashes(texts: Sequence[str]) -> tuple[U64, I64]:
     last = np.where(kind[first] == _WORD, first + 1, 0)
     last[kind[first] == _LETTER] = stops
     powers, inverses = _powers(len(points) + 1)
-    prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum((folded[points] + np.uint64(1)) * powers[: len(points)])])
+    prefix = np.concatenate(
+        [np.zeros(1, np.uint64), np.cumsum((folded[points] + np.uint64(1)) * powers[: len(points)])]
+    )
     words = scatter((prefix[last] - prefix[first]) * inverses[first])
     return words, np.concatenate([[0], np.searchsorted(first, ends)])
 
@@ -88,8 +90,10 @@ def _tables() -> tuple[NDArray[np.uint8], U64]:
                 kinds[point] = _LETTER
                 lower = character.lower()
                 folded[point] = ord(lower) if len(lower) == 1 else point
+    kinds[0x20000:0x40000] = _LETTER
     for start, end, _ in _ALONE:
-        kinds[start : end + 1] = _WORD
+        block = kinds[start : end + 1]
+        block[block == _LETTER] = _WORD
     return kinds, folded
 
 

@@ -1,4 +1,4 @@
-"""One process at a time trains in a run directory."""
+"""One process at a time works in a directory."""
 
 import fcntl
 import os
@@ -11,16 +11,20 @@ LOCK_FILE = "run.lock"
 
 
 class RunLock:
-    """Holds `run_dir/run.lock` until closed or until the process ends, however it ends: the kernel lets go."""
+    """Holds `directory/run.lock` until closed or until the process ends, however it ends: the kernel lets go."""
 
-    def __init__(self, run_dir: Path):
-        """Take the lock, making the directory if needed. Raises `ResourceError` when another process holds it."""
-        path = run_dir / LOCK_FILE
+    def __init__(self, directory: Path, key: str = "run_dir", work: str = "training", advice: str = "run_name"):
+        """Take the lock, making the directory if needed. Raises `ResourceError` when another process holds it.
+
+        The message names the configuration's `key` for the directory, what `work` is done there, and the key of
+        another name to choose.
+        """
+        path = directory / LOCK_FILE
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held open on purpose
         except OSError as error:
-            raise ResourceError(f"run_dir: {run_dir} cannot be used as a directory to write in: {error}") from None
+            raise ResourceError(f"{key}: {directory} cannot be used as a directory to write in: {error}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -28,7 +32,7 @@ class RunLock:
             holder = self._file.read().strip() or "unknown"
             self._file.close()
             raise ResourceError(
-                f"run_dir: {run_dir} is in use by another training ({holder}); wait for it, or choose another run_name"
+                f"{key}: {directory} is in use by another {work} ({holder}); wait for it, or choose another {advice}"
             ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

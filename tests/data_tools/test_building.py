@@ -1,4 +1,7 @@
+import itertools
 import json
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megalite.config.schema_data import ReaderConfig
+from megalite.config.schema_data import DedupConfig, ReaderConfig
 from megalite.data.format import TokenStore
+from megalite.data_tools import building, units
 from megalite.data_tools.building import build_store
 from megalite.data_tools.inspection import inspect_documents, store_tokenizer, verify_stores
 from megalite.errors import ConfigError, DataError, ResourceError
+from megalite.guard.lock import RunLock
 from megalite.tokenizer import load_tokenizer
-from tests.data_tools.corpora import build_config, chinese, make_tokenizer, texts, write_jsonl
+from tests.data_tools.corpora import build_config, chinese, english, make_tokenizer, texts, write_jsonl
 
 
 def decoded(store_path: Path) -> list[bytes]:
@@ -81,20 +86,99 @@ def test_an_id_that_is_not_unicode_is_only_an_id(tmp_path, tokenizer_path):
     assert report.documents_read == 2
 
 
-def test_the_same_bytes_for_any_number_of_workers(tmp_path, tokenizer_path):
-    """Several chunks for each worker, so that an order that depends on who is first would show."""
-    import random
-
+def many_files(folder: Path, count: int = 5) -> list[Path]:
+    """Files of short and long documents in two languages, some of them twice, some all but twice."""
     rng = random.Random(0)
-    source = write_jsonl(tmp_path / "in.jsonl", [{"text": chinese(rng, rng.randint(1, 80))} for _ in range(1500)])
+    folder.mkdir()
+    known = [english(rng, 12) for _ in range(20)]
+    paths = []
+    for number in range(count):
+        new = [{"text": chinese(rng, rng.randint(1, 80))} for _ in range(40)]
+        old = [{"text": rng.choice(known) + rng.choice(["", " more"])} for _ in range(20)]
+        paths.append(write_jsonl(folder / f"{number}.jsonl", rng.sample(new + old, 60)))
+    return paths
+
+
+def stores_of(output: Path) -> dict[str, bytes]:
+    """The files of a build but for its reports, which name its output."""
+    return {name: data for name, data in tree(output).items() if not name.startswith("build_report")}
+
+
+BOTH = DedupConfig(exact=True, near=True)
+
+
+def test_the_same_bytes_for_any_number_of_workers(tmp_path, tokenizer_path):
+    sources = many_files(tmp_path / "in")
     trees = []
     for workers in (1, 3):
         output = tmp_path / str(workers) / "out"
-        build_store(build_config([source], output, tokenizer_path, workers=workers, shard_tokens=20_000))
-        trees.append(tree(output))
-    trees = [{name: data for name, data in t.items() if name != "build_report.json"} for t in trees]
-    assert len(trees[0]) > 20
+        build_store(build_config(sources, output, tokenizer_path, workers=workers, shard_tokens=20_000, dedup=BOTH))
+        trees.append(stores_of(output))
+    assert len(trees[0]) > 10
     assert trees[0] == trees[1]
+
+
+def test_a_build_that_is_killed_goes_on_from_there(tmp_path, tokenizer_path, monkeypatch):
+    """Each forked build dies by SIGKILL at one of its next files: half a segment, half a store, half a rename."""
+    monkeypatch.setattr(units, "SEGMENT_BYTES", 10_000)
+    config = build_config(many_files(tmp_path / "in"), tmp_path / "out", tokenizer_path, dedup=BOTH)
+    build_store(replace(config, output=str(tmp_path / "whole")))
+    rng, kills = random.Random(0), 0
+    while (code := fork_build(config, deadly=rng.randint(1, 40))) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+        assert len(list(tmp_path.glob("out*"))) == 1, "something stands under the final name"
+    assert kills > 5
+    assert stores_of(tmp_path / "out") == stores_of(tmp_path / "whole")
+    assert not list(tmp_path.glob("*.work-*"))
+
+
+def fork_build(config, deadly: int) -> int:
+    """Build in a forked process that dies when it syncs its `deadly`-th file; returns 0 or the negative signal."""
+    child = os.fork()
+    if child == 0:
+        honest, synced = os.fsync, itertools.count(1)
+
+        def fsync(descriptor):
+            if next(synced) == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            honest(descriptor)
+
+        os.fsync = fsync
+        build_store(config)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_file_that_changed_is_read_again(tmp_path, tokenizer_path, monkeypatch):
+    monkeypatch.setattr(building, "SEGMENT_BYTES", 1)
+    sources = many_files(tmp_path / "in", 3)
+    config = build_config(sources, tmp_path / "out", tokenizer_path)
+    good = sources[2].read_text()
+    sources[2].write_text(good + "{}\n")
+    with pytest.raises(DataError, match="no column"):
+        build_store(config)
+    (work,) = tmp_path.glob("out.work-*")
+    done = {path: path.stat().st_mtime_ns for path in work.glob("unit_*/done.json")}
+    assert len(done) == 2
+    sources[2].write_text(good)
+    read = []
+    honest = units.iter_file_documents
+    monkeypatch.setattr(units, "iter_file_documents", lambda path, *rest: read.append(path) or honest(path, *rest))
+    build_store(config)
+    assert read == [sources[2]]
+    build_store(replace(config, output=str(tmp_path / "whole")))
+    assert stores_of(tmp_path / "out") == stores_of(tmp_path / "whole")
+
+
+def test_two_builds_of_one_output(tmp_path, source, tokenizer_path):
+    config = build_config([source], tmp_path / "out", tokenizer_path)
+    work = tmp_path / f"out.work-{building._digest(config, load_tokenizer(tokenizer_path))}"
+    lock = RunLock(work)
+    with pytest.raises(ResourceError, match="in use by another build"):
+        build_store(config)
+    lock.close()
+    build_store(config)
 
 
 def test_split_by_hash(tmp_path, tokenizer_path):
@@ -263,11 +347,13 @@ def alive(pid: int) -> bool:
 def test_killed_builder_leaves_temporary_names_and_no_process(tmp_path, tokenizer_path):
     """A build whose input never ends, with documents written and workers at work, is killed."""
     (tmp_path / "run.py").write_text(ENDLESS_BUILD)
-    command = [sys.executable, tmp_path / "run.py", tmp_path / "in.txt", tmp_path / "out", tokenizer_path]
-    (tmp_path / "in.txt").write_text("x")
+    command = [sys.executable, tmp_path / "run.py", tmp_path / "in", tmp_path / "out", tokenizer_path]
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
     builder = subprocess.Popen(command)
     try:
-        wait_for(lambda: len(children(builder.pid)) >= 3 and list(tmp_path.glob("out.tmp-*/train/*/tokens_*")))
+        wait_for(lambda: len(children(builder.pid)) >= 3 and list(tmp_path.glob("out.work-*/unit_*/*.json")))
         workers = children(builder.pid)
     finally:
         builder.send_signal(signal.SIGKILL)
@@ -275,21 +361,23 @@ def test_killed_builder_leaves_temporary_names_and_no_process(tmp_path, tokenize
     wait_for(lambda: not any(map(alive, workers)))
     left = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("out"))
     assert len(left) == 1
-    assert left[0].startswith("out.tmp-")
+    assert left[0].startswith("out.work-")
 
 
 ENDLESS_BUILD = """
 import itertools, sys
 from megalite.config.schema_data import DataBuildConfig, ReaderConfig, StoreTokenizerConfig
-from megalite.data_tools import building
+from megalite.data_tools import building, units
 from megalite.data_tools.readers import Document
 
-def endless(*args):
-    for i in itertools.count():
-        yield Document("night " * 1000, 6000, str(i), "in", "", "train")
+def endless(path, config, source, report):
+    for report.documents in itertools.count(1):
+        yield Document("night " * 1000, 6000, str(report.documents), "in", "", "train")
+
+# In the workers too, which import this file.
+units.iter_file_documents, units.SEGMENT_BYTES = endless, 100_000
 
 if __name__ == "__main__":
-    building.iter_documents = endless
     tokenizer = StoreTokenizerConfig(path=sys.argv[3])
     config = dict(input=(sys.argv[1],), output=sys.argv[2], workers=2, tokenizer=tokenizer, reader=ReaderConfig())
     building.build_store(DataBuildConfig(**config))

@@ -1,0 +1,221 @@
+"""What one worker does with one unit of the input: read, clean, look for leaks, hash, encode, write segments."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megalite.config.schema_data import DataBuildConfig
+from megalite.data.manifest import DTYPES, dtype_for
+from megalite.errors import DataError
+from megalite.tokenizer import Encoder, Tokenizer, load_tokenizer
+
+from .cleaning import Cleaner, build_cleaner
+from .decontamination import LeakFinder
+from .minhash import band_keys
+from .readers import Document, ReadReport, iter_file_documents
+from .segments import (
+    DOCUMENT,
+    Counts,
+    SegmentHead,
+    finished_heads,
+    mark_done,
+    read_done,
+    segment_name,
+    write_segment,
+)
+from .shingles import shingle_hashes
+
+MAX_SOURCES = 64  # each store of a build holds files open
+SEGMENT_BYTES = 1 << 26  # of text in a segment: a worker's memory, and what a killed build does again
+_CHUNK_BYTES = 1 << 19  # of text worked on at a time
+_CHUNK_DOCUMENTS = 1024
+_LONGEST = 1 << 22  # characters of a document that near deduplication looks at: memory is bounded
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the input that one worker reads from beginning to end. `folder`: where its segments go."""
+
+    path: Path
+    source: str  # of documents without a column for it
+    folder: Path
+
+
+class Worker:
+    """What every unit of a build is done with; made once in a process."""
+
+    def __init__(self, config: DataBuildConfig, leaks: Path | None):
+        """`leaks`: the n-grams of `LeakFinder`, when the build looks for them."""
+        self.config = config
+        self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer.path)
+        self.encoder = Encoder(self.tokenizer, config.tokenizer.engine)
+        self.cleaner: Cleaner | None = build_cleaner(config.clean) if config.clean else None
+        self.leaks = LeakFinder(leaks, config.decontaminate) if leaks else None
+        self.dtype = DTYPES[dtype_for(self.tokenizer.vocab_size)]
+
+    def run(self, unit: Unit) -> None:
+        """Do what is not done yet of `unit`. Raises `DataError` for bad input."""
+        if read_done(unit.folder):
+            return
+        unit.folder.mkdir(exist_ok=True)
+        finished = finished_heads(unit.folder)
+        report = ReadReport(quiet=True)
+        documents = iter_file_documents(unit.path, self.config.reader, unit.source, report)
+        for _ in islice(documents, finished[-1].read if finished else 0):
+            pass  # in a finished segment
+        skipped = report.skipped.copy() if finished else Counter[str]()
+        row = report.documents
+        for number, chunks in enumerate(_segments(documents), start=len(finished)):
+            segment = _SegmentBuilder(self)
+            for chunk in chunks:
+                segment.add(row, chunk)
+                row += len(chunk)
+            segment.write(unit.folder / segment_name(number), report.documents, report.skipped - skipped)
+            skipped = report.skipped.copy()
+        mark_done(unit.folder, Counts(skipped=report.skipped - skipped), report.messages)
+
+    def store_of(self, document: Document) -> str:
+        """The store that a document goes to, as a path below the output. `split`: told by a column, or by a hash.
+
+        The hash is of the seed and the document's id, so that the order of the input does not matter.
+        """
+        split = document.split
+        if split is None:
+            key = f"{self.config.seed}/{document.id}".encode("utf-8", "surrogatepass")
+            share = xxhash.xxh3_64_intdigest(key) / 2**64
+            split = "validation" if share < self.config.validation_fraction else "train"
+        return f"{split}/{document.source}"
+
+
+class _SegmentBuilder:
+    """The documents of one segment, chunk by chunk."""
+
+    def __init__(self, worker: Worker):
+        self._worker, self._counts = worker, Counts()
+        self._stores: dict[str, int] = {}
+        self._tokens: list[NDArray[Any]] = []  # documents side by side, with their ends
+        self._documents: list[NDArray[Any]] = []
+        self._bands: list[NDArray[np.uint64]] = []
+        self._shingles: list[NDArray[np.uint32]] = []  # of each document
+
+    def add(self, first_row: int, chunk: Sequence[Document]) -> None:
+        """Clean, check, hash and encode documents, the first of which is `first_row` of the unit."""
+        worker = self._worker
+        self._counts.read += len(chunk)
+        cleaned = [(row, doc, self._clean(doc)) for row, doc in enumerate(chunk, start=first_row)]
+        kept = [(row, doc, text) for row, doc, text in cleaned if text is not None]
+        kept = self._without_leaks(kept)
+        if not kept:
+            return
+        texts = [text for _, _, text in kept]
+        ids, counts = worker.encoder.encode(texts)
+        documents = np.zeros(len(kept), DOCUMENT)
+        documents["row"] = [row for row, _, _ in kept]
+        documents["tokens"] = counts + 1
+        documents["store"] = [self._store(doc) for _, doc, _ in kept]
+        data = [text.encode() for text in texts]
+        documents["bytes"] = [len(content) for content in data]
+        digests = b"".join(xxhash.xxh3_128_digest(content) for content in data)
+        documents["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+        if worker.config.dedup.near:
+            sets = self._add_signatures(texts)
+            documents["shingles"] = [len(values) for values in sets]
+            self._shingles += sets
+        self._documents.append(documents)
+        self._tokens.append(np.insert(ids.astype(worker.dtype), np.cumsum(counts), worker.tokenizer.end_of_document))
+
+    def write(self, path: Path, read: int, skipped: Counter[str]) -> None:
+        """Write the segment; `read`: documents of the unit up to its end, `skipped`: its bad rows by reason."""
+        worker = self._worker
+        documents = np.concatenate([np.empty(0, DOCUMENT), *self._documents])
+        documents["position"] = np.arange(len(documents))
+        flat = np.concatenate([np.empty(0, worker.dtype), *self._tokens])
+        store_of_token = np.repeat(documents["store"].astype(np.uint8), documents["tokens"])
+        tokens = [flat[store_of_token == store] for store in range(len(self._stores))]
+        order = np.argsort(documents["store"], kind="stable")
+        if worker.tokenizer.unknown is not None:
+            for name, ids in zip(self._stores, tokens, strict=True):
+                self._counts.unknown[name] += int(np.count_nonzero(ids == worker.tokenizer.unknown))
+        self._counts.skipped = skipped
+        near = worker.config.dedup.near and len(documents)
+        write_segment(
+            path,
+            SegmentHead(list(self._stores), len(documents), len(flat), read, self._counts),
+            np.concatenate([np.empty(0, worker.dtype), *tokens]),
+            documents[order],
+            np.concatenate(self._bands, axis=1)[:, order] if near else None,
+            np.concatenate([self._shingles[i] for i in order]) if near else None,
+        )
+
+    def _store(self, document: Document) -> int:
+        """The number of a document's store. Raises `DataError` when there are too many."""
+        number = self._stores.setdefault(self._worker.store_of(document), len(self._stores))
+        check_sources(self._stores, self._worker.config)
+        return number
+
+    def _clean(self, document: Document) -> str | None:
+        """The text that is kept of a document, or None when it is dropped."""
+        cleaner = self._worker.cleaner
+        if cleaner is None:
+            return document.text
+        text = cleaner.clean(document.text, document.language, self._counts.cleaning)
+        if text is None or not text.strip():
+            self._counts.dropped["cleaning"] += 1
+            self._counts.example("cleaning", document.text)
+            return None
+        return text
+
+    def _without_leaks(self, kept: list[tuple[int, Document, str]]) -> list[tuple[int, Document, str]]:
+        if self._worker.leaks is None:
+            return kept
+        leaked = self._worker.leaks.find([text for _, _, text in kept])
+        for (_, _, text), leak in zip(kept, leaked, strict=True):
+            if leak:
+                self._counts.dropped["decontamination"] += 1
+                self._counts.example("decontamination", text)
+        return [item for item, leak in zip(kept, leaked, strict=True) if not leak]
+
+    def _add_signatures(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Add the bands of some documents; returns their sets of n-grams."""
+        hashes, offsets = shingle_hashes([text[:_LONGEST] for text in texts], self._worker.config.dedup.ngram)
+        self._bands.append(band_keys(hashes, offsets))
+        short = (hashes >> np.uint64(32)).astype(np.uint32)  # 32 bits tell the n-grams of two documents apart
+        return [np.unique(short[start:end]) for start, end in pairwise(offsets.tolist())]
+
+
+def check_sources(stores: Collection[str], config: DataBuildConfig) -> None:
+    """Raise `DataError` when a build has more sources than stores can be open at once."""
+    if len(stores) > MAX_SOURCES and len({name.split("/", 1)[1] for name in stores}) > MAX_SOURCES:
+        raise DataError(
+            f"more than {MAX_SOURCES} sources: is reader.source_column={config.reader.source_column} the right column?"
+        )
+
+
+def _segments(documents: Iterator[Document]) -> Iterator[Iterator[list[Document]]]:
+    """Documents in chunks, chunks in segments; each is to be used up before the next is asked for."""
+    while (first := next(documents, None)) is not None:
+        yield _chunks(chain([first], documents))
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """The chunks of one segment."""
+    chunk: list[Document] = []
+    chunk_bytes = segment_bytes = 0
+    for document in documents:
+        chunk.append(document)
+        chunk_bytes += document.num_bytes
+        segment_bytes += document.num_bytes
+        if chunk_bytes >= _CHUNK_BYTES or len(chunk) >= _CHUNK_DOCUMENTS or segment_bytes >= SEGMENT_BYTES:
+            yield chunk
+            chunk, chunk_bytes = [], 0
+        if segment_bytes >= SEGMENT_BYTES:
+            return
+    if chunk:
+        yield chunk
