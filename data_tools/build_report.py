@@ -64,6 +64,11 @@ class BuildReport:
         return {name: Path(self.output) / name for name in self.stores}
 
     @property
+    def page(self) -> Path:
+        """The report as a page."""
+        return Path(self.output) / REPORT_PAGE
+
+    @property
     def stages(self) -> list[tuple[str, int, int]]:
         """(stage, documents in, documents out) in order."""
         rows, left = [], self.documents_read
@@ -116,7 +121,8 @@ class _Heads:
         index = int(np.flatnonzero(documents["position"] == number - segment.base)[0])
         end = int(np.cumsum(documents["tokens"])[index])
         ids = segment.tokens[end - int(documents["tokens"][index]) : end][:_HEAD_TOKENS]
-        return " ".join(self._tokenizer.decode(ids.tolist()).split())
+        # A character may be cut in two by the last token.
+        return " ".join(self._tokenizer.decode(ids.tolist()).rstrip("\ufffd").split())
 
 
 def _store_report(store: WrittenStore, unknown_tokens: int) -> StoreReport:

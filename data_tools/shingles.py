@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 _NO_WORD, _LETTER, _WORD = 0, 1, 2  # what a character is: between words, part of one, one by itself
 _ALONE = (  # blocks whose scripts write no spaces
     (0x0E00, 0x0E7F, "Thai"), (0x0E80, 0x0EFF, "Lao"), (0x1000, 0x109F, "Myanmar"), (0x1780, 0x17FF, "Khmer"),
@@ -38,14 +39,19 @@ def shingle_hashes(texts: Sequence[str], n: int) -> tuple[U64, I64]:
     counts = np.diff(starts)
     grams = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))
     offsets = np.concatenate([[0], np.cumsum(grams)])
-    # The first word of every n-gram: the j-th of a document begins at its j-th word.
+    # Of the n words from each word on, a polynomial again; then those that lie in one document are taken.
+    padded = np.concatenate([words, np.zeros(n, np.uint64)])
+    sums = padded[: len(words)].copy()
+    for k in range(1, n):
+        sums = sums * _MULTIPLIER + padded[k : len(words) + k]
     first = np.repeat(starts[:-1] - offsets[:-1], grams) + np.arange(offsets[-1])
-    length = np.repeat(np.minimum(counts, n), grams)
-    hashes = np.zeros(len(first), np.uint64)
-    for k in range(n):
-        inside = length > k
-        hashes[inside] = scatter(hashes[inside] + words[first[inside] + k])
-    return hashes, offsets
+    hashes = sums[first]
+    for document in np.flatnonzero((counts > 0) & (counts < n)).tolist():
+        few = int(counts[document])  # so that a few words are not n with zeros before them
+        for word in words[starts[document] : starts[document + 1]].tolist():
+            few = (few * int(_MULTIPLIER) + word) % 2**64
+        hashes[offsets[document]] = few
+    return scatter(hashes), offsets
 
 
 def word_hashes(texts: Sequence[str]) -> tuple[U64, I64]:
@@ -97,7 +103,7 @@ def _tables() -> tuple[NDArray[np.uint8], U64]:
     return kinds, folded
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache  # of a few powers of two
 def _powers_up_to(size: int) -> tuple[U64, U64]:
     inverse = pow(_BASE, -1, 2**64)
     powers = np.cumprod(np.concatenate([[np.uint64(1)], np.full(size - 1, _BASE, np.uint64)]), dtype=np.uint64)

@@ -187,7 +187,13 @@ class _SegmentBuilder:
         hashes, offsets = shingle_hashes([text[:_LONGEST] for text in texts], self._worker.config.dedup.ngram)
         self._bands.append(band_keys(hashes, offsets))
         short = (hashes >> np.uint64(32)).astype(np.uint32)  # 32 bits tell the n-grams of two documents apart
-        return [np.unique(short[start:end]) for start, end in pairwise(offsets.tolist())]
+        return [_set_of(short[start:end]) for start, end in pairwise(offsets.tolist())]
+
+
+def _set_of(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Each value once, sorted: `np.unique` takes three times as long."""
+    values = np.sort(values)
+    return values[np.concatenate([[True], values[1:] != values[:-1]])[: len(values)]]
 
 
 def check_sources(stores: Collection[str], config: DataBuildConfig) -> None:

@@ -29,9 +29,15 @@ def build(argv: Sequence[str]) -> int:
         )
     console = Console()
     console.print(table)
+    for stage, before, after in report.stages:
+        console.print(f"{stage}: {before - after:,} of {before:,} documents left out", highlight=False)
     skipped = ", ".join(f"{count:,} x {reason}" for reason, count in report.skipped.items()) or "nothing"
     console.print(
-        f"{report.documents_read:,} documents from {report.files:,} files; skipped: {skipped}", highlight=False
+        f"{report.documents_read:,} documents from {report.files:,} files; skipped: {skipped}\n"
+        f"all of it: {report.page}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     return 0
 
