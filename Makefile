@@ -10,7 +10,7 @@ SAMPLE := outputs/sample
 RUN := outputs/quickstart
 CORPUS := data_tools/sample_corpus/corpus.parquet
 
-.PHONY: quickstart test test-full lint clean
+.PHONY: quickstart test test-full soak lint clean
 
 quickstart: $(SAMPLE)/store/build_report.json
 	$(BIN)/megalite train experiment=quickstart
@@ -31,10 +31,13 @@ $(SAMPLE)/tokenizer/tokenizer.model: $(CORPUS) | $(VENV)/core
 	  reader.language_column=language reader.split_column=split split=train overwrite=true
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not soak"
 
 test-full: $(VENV)/dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(VENV)/dev
+	$(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

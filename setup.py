@@ -33,6 +33,7 @@ CORE = [
     "tokenizers>=0.23",
     "numpy>=2.0",
     "xxhash>=3.5",
+    "orjson>=3.11",
     "rich>=14",
     "psutil>=7",
     "matplotlib>=3.10",
@@ -41,10 +42,12 @@ CORE = [
 EXTRAS = {
     "hf": ["transformers>=5.10"],
     "tensorboard": ["tensorboard>=2.20"],
-    "data": ["zstandard>=0.25"],
+    "data": ["zstandard>=0.25", "gigatoken>=0.10", "rensa>=0.5"],
+    "clean": ["ftfy>=6.3", "selectolax>=1.0", "py3langid>=0.4"],
+    "trafilatura": ["trafilatura>=2.3", "lxml-html-clean>=0.4"],
     "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "build>=1.3"],
 }
-EXTRAS["dev"] += EXTRAS["hf"] + EXTRAS["tensorboard"] + EXTRAS["data"]
+EXTRAS["dev"] += EXTRAS["hf"] + EXTRAS["tensorboard"] + EXTRAS["data"] + EXTRAS["clean"] + EXTRAS["trafilatura"]
 
 setup(
     name="megalite",

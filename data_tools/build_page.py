@@ -38,7 +38,7 @@ def build_page(report: BuildReport) -> str:
         ),
         _table(
             "Some that were left out",
-            ("stage", "how it begins"),
+            ("stage", "document"),
             [(stage, text) for stage, texts in report.examples.items() for text in texts],
         ),
         "<section><h2>Tokens in a document</h2>",

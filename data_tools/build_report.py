@@ -53,7 +53,7 @@ class BuildReport:
     skipped: dict[str, int]  # bad rows, by reason
     cleaning: dict[str, int]  # documents that a step changed or dropped
     dropped: dict[str, int]  # documents, by stage: cleaning, decontamination, exact, near
-    examples: dict[str, list[str]]  # how some of them begin, by stage
+    examples: dict[str, list[str]]  # some of them, by stage: where they stood, or how they begin
     compared_pairs: int  # candidates for near duplicates
     duplicates: list[DuplicateExample]
     stores: dict[str, StoreReport] = field(default_factory=dict)

@@ -37,11 +37,12 @@ from megalite.tokenizer import Tokenizer, load_tokenizer
 
 from .build_page import build_page
 from .build_report import REPORT, REPORT_PAGE, BuildReport, make_report
+from .cleaning import build_cleaner
 from .decontamination import write_ngrams
 from .dedup import find_duplicates
 from .merging import WrittenStore, write_stores
 from .minhash import require_minhash
-from .readers import default_source, find_files
+from .readers import default_source, find_files, spans_of
 from .segments import Counts, finished_heads, open_segments, read_done
 from .units import SEGMENT_BYTES, Unit, Worker
 
@@ -65,6 +66,7 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     refuse_existing(output, mark, OVERWRITE_HINT)
     if config.dedup.near:
         require_minhash()
+    build_cleaner(config.clean)  # its options are checked before a worker starts
     tokenizer = load_tokenizer(config.tokenizer.path)
     files = find_files(config.input, config.reader.format)
     work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer)}")
@@ -91,8 +93,8 @@ def _work_directory(work: Path, units: Sequence[Unit]) -> Iterator[None]:
         yield
     except BaseException:
         done = [unit for unit in units if read_done(unit.folder)]
-        if len(done) < len(units) and sum(unit.path.stat().st_size for unit in done) > SEGMENT_BYTES:
-            log.warning("%d of %d files are done and kept in %s: the same command goes on", len(done), len(units), work)
+        if len(done) < len(units) and sum(map(_num_bytes, done)) > SEGMENT_BYTES:
+            log.warning("%d of %d parts are done and kept in %s: the same command goes on", len(done), len(units), work)
         else:
             shutil.rmtree(work)
         raise
@@ -117,11 +119,11 @@ def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer,
     written = write_stores(stores, segments, dropped, tokenizer, config)
     if not written:
         raise DataError(
-            f"no document is left of {len(units)} files; skipped: {dict(counts.skipped) or 'nothing'}; "
+            f"no document is left of {_num_files(units)} files; skipped: {dict(counts.skipped) or 'nothing'}; "
             f"dropped: {dict(counts.dropped) or 'nothing'}"
         )
     _warn_of_unknown(counts, written)
-    report = make_report(config.output, tokenizer, len(units), counts, duplicates, written, segments)
+    report = make_report(config.output, tokenizer, _num_files(units), counts, duplicates, written, segments)
     write_synced(stores / REPORT, json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False) + "\n")
     write_synced(stores / REPORT_PAGE, build_page(report))
     return report
@@ -139,13 +141,23 @@ def _digest(config: DataBuildConfig, tokenizer: Tokenizer) -> str:
 
 
 def _units(config: DataBuildConfig, files: Sequence[Path], work: Path) -> list[Unit]:
-    """One for each file, in order; its folder is named by what the file is, so that a changed one is read again."""
+    """In order; a unit's folder is named by what its file is, so that a changed one is read again."""
     source = default_source(config.input, files, config.reader)
     units = []
     for path in files:
-        name = xxhash.xxh3_64_hexdigest(json.dumps([*_identity(path), source]).encode())
-        units.append(Unit(path, source, work / f"unit_{name}"))
+        for span in spans_of(path, config.reader):
+            identity = json.dumps([*_identity(path), *dataclasses.astuple(span), source])
+            units.append(Unit(path, span, source, work / f"unit_{xxhash.xxh3_64_hexdigest(identity.encode())}"))
     return units
+
+
+def _num_files(units: Sequence[Unit]) -> int:
+    return len({unit.path for unit in units})
+
+
+def _num_bytes(unit: Unit) -> int:
+    """Of the segments that are written."""
+    return sum(path.stat().st_size for path in unit.folder.iterdir())
 
 
 def _identity(path: Path) -> list[str | int]:
@@ -178,7 +190,7 @@ def _log_progress(units: Sequence[Unit]) -> None:
     heads = [head for unit in units if unit.folder.is_dir() for head in finished_heads(unit.folder)]
     done = sum(1 for unit in units if read_done(unit.folder))
     documents, tokens = sum(head.documents for head in heads), sum(head.tokens for head in heads)
-    log.info("%d of %d files done; so far %d documents, %d tokens", done, len(units), documents, tokens)
+    log.info("%d of %d parts done; so far %d documents, %d tokens", done, len(units), documents, tokens)
 
 
 def _gather_counts(units: Sequence[Unit]) -> Counts:

@@ -1,4 +1,4 @@
-"""Documents as a stream, from files, folders and globs of .txt, .jsonl (.gz, .zst) and .parquet.
+"""Documents as a stream, from files, folders and globs of .txt, .jsonl, .json, .html (.gz, .zst) and .parquet.
 
 What is wrong with the input is either an error or a counted, logged skip, as `reader.on_bad` says. That covers a row
 (invalid UTF-8, missing or empty text, a broken line) and a file (empty, cut short, unreadable: what could be read
@@ -20,7 +20,17 @@ from megalite.config.schema_data import ReaderConfig
 from megalite.errors import ConfigError, DataError
 from megalite.log import get_logger
 
-from .formats import COMPRESSIONS, FORMATS, BadFileError, BadRowError, format_of, iter_rows
+from .formats import (
+    COMPRESSIONS,
+    FORMATS,
+    WHOLE,
+    BadFileError,
+    BadRowError,
+    Span,
+    format_of,
+    iter_rows,
+    plan_spans,
+)
 
 log = get_logger(__name__)
 
@@ -48,7 +58,8 @@ class ReadReport:
     files: int = 0
     documents: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    quiet: bool = False  # count skips without logging them: for a second reading of the same input
+    quiet: bool = False  # count skips without logging them
+    messages: list[str] = field(default_factory=list)  # what was logged, or would have been
 
 
 def iter_documents(inputs: Sequence[str], config: ReaderConfig, report: ReadReport) -> Iterator[Document]:
@@ -63,16 +74,16 @@ def iter_documents(inputs: Sequence[str], config: ReaderConfig, report: ReadRepo
     _log_skips(report)
 
 
-def iter_file_documents(path: Path, config: ReaderConfig, source: str, report: ReadReport) -> Iterator[Document]:
-    """Stream the documents of one file; `source` is that of documents without a column for it."""
+def iter_file_documents(
+    path: Path, config: ReaderConfig, source: str, report: ReadReport, span: Span = WHOLE
+) -> Iterator[Document]:
+    """Stream the documents of one file or a span of it; `source` is that of documents without a column for it."""
     columns = [config.text_column]
     for column in (config.id_column, config.source_column, config.language_column, config.split_column):
         columns += [column] if column is not None else []
     report.files += 1
-    format_name = format_of(path) if config.format == "auto" else config.format
-    assert format_name is not None, "find_files lets through known endings only"
     try:
-        for position, fields in iter_rows(path, format_name, columns, config):
+        for position, fields in iter_rows(path, _format(path, config), columns, config, span):
             try:
                 document = _document(fields, path, position, config, source)
             except BadRowError as bad:
@@ -82,6 +93,17 @@ def iter_file_documents(path: Path, config: ReaderConfig, source: str, report: R
             yield document
     except BadFileError as bad:
         _skip_or_stop(bad, str(path), config, report)
+
+
+def spans_of(path: Path, config: ReaderConfig) -> list[Span]:
+    """The parts in which several workers may read a file."""
+    return plan_spans(path, _format(path, config), config)
+
+
+def _format(path: Path, config: ReaderConfig) -> str:
+    format_name = format_of(path) if config.format == "auto" else config.format
+    assert format_name is not None, "find_files lets through known endings only"
+    return format_name
 
 
 def find_files(inputs: Sequence[str], format_name: str) -> list[Path]:
@@ -125,7 +147,7 @@ def _check_file(path: Path, format_name: str) -> None:
 
 
 def _endings() -> str:
-    return ", ".join(f".{name}" for name in FORMATS) + f" (and {', '.join(COMPRESSIONS)} of the first two)"
+    return ", ".join(f".{name}" for name in FORMATS) + f" (and {', '.join(COMPRESSIONS)} of all but parquet)"
 
 
 def default_source(inputs: Sequence[str], files: Sequence[Path], config: ReaderConfig) -> str:
@@ -195,8 +217,10 @@ def _skip_or_stop(bad: BadRowError, where: str, config: ReaderConfig, report: Re
     if config.on_bad == "stop":
         raise DataError(f"{where}: {bad}. Mend the input, or set reader.on_bad=skip to skip and count what is bad")
     report.skipped[bad.reason] += 1
-    if report.skipped[bad.reason] <= _LOGGED_SKIPS and not report.quiet:
-        log.warning("skipped %s: %s", where, bad)
+    if report.skipped[bad.reason] <= _LOGGED_SKIPS:
+        report.messages.append(f"skipped {where}: {bad}")
+        if not report.quiet:
+            log.warning("%s", report.messages[-1])
 
 
 def _log_skips(report: ReadReport) -> None:

@@ -49,10 +49,10 @@ class Counts:
     cleaning: Counter[str] = field(default_factory=Counter)  # documents changed and dropped, by step
     dropped: Counter[str] = field(default_factory=Counter)  # documents dropped, by stage
     unknown: Counter[str] = field(default_factory=Counter)  # unknown tokens by store
-    examples: dict[str, list[str]] = field(default_factory=dict)  # how some dropped documents begin, by stage
+    examples: dict[str, list[str]] = field(default_factory=dict)  # some dropped documents, by stage
 
     def example(self, stage: str, text: str) -> None:
-        """Note how a dropped document begins; a few of each stage are kept."""
+        """Note a dropped document, where it stood or how it begins; a few of each stage are kept."""
         kept = self.examples.setdefault(stage, [])
         if len(kept) < _EXAMPLES:
             kept.append(" ".join(text[: 2 * _EXAMPLE_CHARACTERS].split())[:_EXAMPLE_CHARACTERS])

@@ -18,6 +18,7 @@ from megalite.tokenizer import Encoder, Tokenizer, load_tokenizer
 
 from .cleaning import Cleaner, build_cleaner
 from .decontamination import LeakFinder
+from .formats import Span
 from .minhash import band_keys
 from .readers import Document, ReadReport, iter_file_documents
 from .segments import (
@@ -44,6 +45,7 @@ class Unit:
     """A piece of the input that one worker reads from beginning to end. `folder`: where its segments go."""
 
     path: Path
+    span: Span
     source: str  # of documents without a column for it
     folder: Path
 
@@ -67,7 +69,7 @@ class Worker:
         unit.folder.mkdir(exist_ok=True)
         finished = finished_heads(unit.folder)
         report = ReadReport(quiet=True)
-        documents = iter_file_documents(unit.path, self.config.reader, unit.source, report)
+        documents = iter_file_documents(unit.path, self.config.reader, unit.source, report, unit.span)
         for _ in islice(documents, finished[-1].read if finished else 0):
             pass  # in a finished segment
         skipped = report.skipped.copy() if finished else Counter[str]()
@@ -168,7 +170,7 @@ class _SegmentBuilder:
         text = cleaner.clean(document.text, document.language, self._counts.cleaning)
         if text is None or not text.strip():
             self._counts.dropped["cleaning"] += 1
-            self._counts.example("cleaning", document.text)
+            self._counts.example("cleaning", document.id)  # not what it says: perhaps nobody should read that
             return None
         return text
 

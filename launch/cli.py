@@ -49,6 +49,52 @@ COMMANDS = {
         notes="keys:\n  store=???  (path)  # a token store, or a folder with several\n"
         "  documents=3  (int)  # so many of each are printed",
     ),
+    "data stats": Command(
+        "data_stores:stats",
+        "count documents, tokens, lengths and the vocabulary's use",
+        "megalite data stats store=stores/books/train/books output=stats.json",
+        (schema_data.DataStatsConfig, "data_stats"),
+    ),
+    "data repair": Command(
+        "data_stores:repair",
+        "write what is whole of a damaged store as a new one",
+        "megalite data repair store=stores/books/train/books output=stores/books_repaired",
+        (schema_data.DataRepairConfig, "data_repair"),
+        notes="Shards whose digest differs are lost; offsets are rebuilt from the tokens that end documents, byte\n"
+        "counts by decoding. The damaged store is not touched.",
+    ),
+    "data merge": Command(
+        "data_stores:merge",
+        "put stores of one tokenizer together",
+        "megalite data merge input=[stores/a/train/a,stores/b/train/b] output=stores/merged",
+        (schema_data.DataMergeConfig, "data_merge"),
+    ),
+    "data split": Command(
+        "data_stores:split",
+        "cut a store into several",
+        "megalite data split store=stores/merged output=stores/split fraction=0.1",
+        (schema_data.DataSplitConfig, "data_split"),
+    ),
+    "data convert": Command(
+        "data_stores:convert",
+        "Megatron's .bin and .idx to a token store, and back",
+        "megalite data convert input=books_text_document output=stores/books tokenizer.path=tokenizers/books",
+        (schema_data.DataConvertConfig, "data_convert"),
+        notes="To Megatron, the input is a token store: output/<name>.bin and .idx are written.",
+    ),
+    "data pack": Command(
+        "data_views:pack",
+        "lay a store's documents out in sequences, for data.packing",
+        "megalite data pack store=stores/books/train/books sequence_length=1024",
+        (schema_data.DataPackConfig, "data_pack"),
+    ),
+    "data trace": Command(
+        "data_views:trace",
+        "which documents a step trained on, and back",
+        "megalite data trace run_dir=outputs/quickstart step=100",
+        (schema_data.DataTraceConfig, "data_trace"),
+        notes="Back: document=SOURCE:INDEX names the steps that trained on it.",
+    ),
     "train": Command(
         "commands:train",
         "train a model; the same command again continues",

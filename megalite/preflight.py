@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from megalite.checkpoint_format import Manifest, list_checkpoints, read_manifest
 from megalite.config.changes import check_changes
 from megalite.config.compose import config_values
-from megalite.config.schema import StoreConfig, TrainConfig
+from megalite.config.schema import DataConfig, StoreConfig, TrainConfig
 from megalite.data.format import TokenStore
+from megalite.data.packing import PackedRows
 from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.log import get_logger
 
@@ -25,7 +27,7 @@ def preflight(config: TrainConfig) -> TrainConfig:
     _check_libraries(config)
     stores = [_open("data.train", store) for store in config.data.train]
     for store in stores:
-        _check_length(store, config.data.sequence_length)
+        _check_units(store, config.data)
     digests = [store.digest for store in stores]
     validation = [_open("data.validation", store) for store in config.data.validation]
     for store in validation:
@@ -47,13 +49,18 @@ def _check_libraries(config: TrainConfig) -> None:
 
 def _open(key: str, store: StoreConfig) -> TokenStore:
     try:
-        return TokenStore.open(store.path)
+        opened = TokenStore.open(store.path)
+        opened.check_sizes()
+        return opened
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
 
 
-def _check_length(store: TokenStore, sequence_length: int) -> None:
-    if store.num_tokens < sequence_length + 1:
+def _check_units(store: TokenStore, data: DataConfig) -> None:
+    sequence_length = data.sequence_length
+    if data.packing != "stream":
+        PackedRows.open(store, data.packing, sequence_length)
+    elif store.num_tokens < sequence_length + 1:
         raise ConfigError(
             f"data.sequence_length: found {sequence_length}, but {store.path} holds only {store.num_tokens} tokens; "
             f"allowed: at most {store.num_tokens - 1}, or a larger store"
@@ -118,13 +125,42 @@ def check_resume(config: TrainConfig, manifest: Manifest) -> list[str]:
         return check_changes({"model": manifest.config["model"]}, {"model": values["model"]}, ())
     digests = [TokenStore.open(store.path).digest for store in config.data.train]
     before = copy.deepcopy(manifest.config)
+    notes = _take_later_schedule(before, values, manifest.samples_consumed)
     same_weights = [store["weight"] for store in before["data"]["train"]] == [s.weight for s in config.data.train]
     if manifest.stores == digests and same_weights:
         before["data"]["train"] = values["data"]["train"]
-    notes = check_changes(before, values, config.checkpoint.allow_changes)
+    notes += check_changes(before, values, config.checkpoint.allow_changes)
     if manifest.stores != digests and "data.train" not in config.checkpoint.allow_changes:
         raise CheckpointError(
             f"data.train: the stores are not those that the checkpoint of step {manifest.step} was trained on: they "
             "were built again since then; restore them, or allow the change with checkpoint.allow_changes=[data.train]"
         )
     return notes
+
+
+def _take_later_schedule(before: dict[str, Any], values: dict[str, Any], samples_consumed: int) -> list[str]:
+    """Weights that begin at or after the checkpoint may change: nothing was drawn by them. Returns that as text.
+
+    What was drawn must have been drawn by the same weights, or units would be repeated or left out. Raises
+    `CheckpointError` where only the batch size moves them.
+    """
+
+    def begun(config: dict[str, Any]) -> list[Any]:
+        batch = config["trainer"]["global_batch_size"]
+        changes = [(change["step"] * batch, change["weights"]) for change in config["data"].get("schedule", [])]
+        return [(sample, weights) for sample, weights in changes if sample < samples_consumed]
+
+    old, new = before["data"].get("schedule", []), values["data"]["schedule"]
+    drawn_by = begun(before)
+    if drawn_by == begun(values):
+        if old == new:
+            return []
+        before["data"]["schedule"] = new
+        return [f"data.schedule: {old} -> {new}, from where the run stands"]
+    if old == new and not {"data", "data.schedule"} & set(values["checkpoint"]["allow_changes"]):
+        raise CheckpointError(
+            "data.schedule: its steps count batches of trainer.global_batch_size, which changed: give the steps that "
+            f"leave the weights drawn by where they began, at samples {[sample for sample, _ in drawn_by]}, or allow "
+            "the change with checkpoint.allow_changes=[data.schedule]"
+        )
+    return []

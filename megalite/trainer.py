@@ -5,12 +5,16 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
+
 from megalite.checkpoint import Counters, agree_on_checkpoint, load_checkpoint, save_checkpoint
 from megalite.checkpoint_format import set_aside_newer
 from megalite.config.compose import save_config
 from megalite.config.schema import TrainConfig
+from megalite.data.dataset import build_dataset
 from megalite.data.format import TokenStore
-from megalite.data.loader import BlendedDataset, Loader
+from megalite.data.loader import Loader
+from megalite.data.prefetch import Prefetcher
 from megalite.engine import Engine, StepResult
 from megalite.errors import MegaliteError
 from megalite.log import get_logger
@@ -50,7 +54,9 @@ class Trainer:
     def run(self) -> None:
         """Train until `trainer.stop_after` or the end, log, evaluate and save on the way."""
         recorder = Recorder(self.config, self.mesh, self.counters.step)
-        self._logged_at, self._logged_step = time.perf_counter(), self.counters.step
+        self._log_sources()
+        self._logged_at, self._logged_step, self._logged_wait = time.perf_counter(), self.counters.step, 0.0
+        self.batches = self._prefetch()
         try:
             while self.counters.step < self.last_step:
                 result = self._step()
@@ -65,7 +71,9 @@ class Trainer:
                 # After the row: a run killed in between repeats the step and its row, and loses neither.
                 if saves:
                     self._save()
+            self._log_sources()
         finally:
+            self.batches.close()
             recorder.close()
 
     def _step(self) -> StepResult:
@@ -73,9 +81,8 @@ class Trainer:
         step, trainer = self.counters.step, self.config.trainer
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, step, trainer.steps)
         # To the device first: cutting a pinned tensor on the host would make copies that are not pinned.
-        micro_batches = self.loader.micro_batches(self.counters.samples_consumed)
-        samples = [ids_BS.to(self.mesh.device, non_blocking=True) for ids_BS in micro_batches]
-        batches = [self.objective.batch(ids_BS) for ids_BS in samples]
+        samples = [ids.to(self.mesh.device, non_blocking=True) for ids in self.batches.next()]
+        batches = [self.objective.batch(ids) for ids in samples]
         result = self.engine.train_step(batches, step, rate)
         self.meter.add(result.loss)
         self._count(result)
@@ -108,9 +115,10 @@ class Trainer:
     def _training_row(self, result: StepResult) -> dict[str, float | int | None]:
         """The figures of the steps since the last row; reading them is the loop's only wait for the device."""
         loss = self.meter.take()
-        now = time.perf_counter()
-        seconds = (now - self._logged_at) / (self.counters.step - self._logged_step)
-        self._logged_at, self._logged_step = now, self.counters.step
+        now, steps = time.perf_counter(), self.counters.step - self._logged_step
+        seconds = (now - self._logged_at) / steps
+        wait = (self.batches.wait_seconds - self._logged_wait) / steps
+        self._logged_at, self._logged_step, self._logged_wait = now, self.counters.step, self.batches.wait_seconds
         tokens_a_step = self.config.trainer.global_batch_size * self.config.data.sequence_length
         return {
             "loss": loss,
@@ -119,6 +127,7 @@ class Trainer:
             "tokens_seen": self.counters.tokens_seen,
             "tokens_per_second": tokens_a_step / seconds,
             "step_seconds": seconds,
+            "data_wait_seconds": wait,
             "mfu": mfu(tokens_a_step / seconds, self.flops_per_token, self.mesh.device, self.mesh.world_size),
             "memory_bytes": memory_bytes(self.mesh.device),
             "skipped_steps": self.counters.skipped_steps,
@@ -154,19 +163,37 @@ class Trainer:
 
     def _build_loader(self) -> Loader:
         config, data = self.config, self.mesh.data
-        stores = [(TokenStore.open(store.path), store.weight) for store in config.data.train]
-        dataset = BlendedDataset(stores, config.data.sequence_length, config.seed)
         trainer = config.trainer
-        if sum(dataset.num_windows) < trainer.global_batch_size:
+        dataset = build_dataset(config.data, trainer.global_batch_size, config.seed)
+        num_sequences = sum(view.num_units for view in dataset.views)
+        if num_sequences < trainer.global_batch_size:
             log.warning(
-                "the training stores hold %d windows of %d tokens, fewer than trainer.global_batch_size=%d: every step "
-                "repeats some",
-                sum(dataset.num_windows),
+                "the training stores hold %d sequences of %d tokens, fewer than trainer.global_batch_size=%d: every "
+                "step repeats some",
+                num_sequences,
                 config.data.sequence_length,
                 trainer.global_batch_size,
             )
         pin = self.mesh.device.type == "cuda"
         return Loader(dataset, trainer.global_batch_size, trainer.micro_batch_size, data.rank, data.size, pin)
+
+    def _prefetch(self) -> Prefetcher[list[torch.Tensor]]:
+        """Every step's micro batches from here to the last, read ahead."""
+        start, batch = self.counters.samples_consumed, self.config.trainer.global_batch_size
+        starts = range(start, start + (self.last_step - self.counters.step) * batch, batch)
+        return Prefetcher(self.loader.micro_batches, starts, self.config.data.prefetch)
+
+    def _log_sources(self) -> None:
+        """What the run has drawn from every training store, and what it will have drawn in the end."""
+        step, data, samples = self.counters.step, self.config.data, self.counters.samples_consumed
+        if self.mesh.rank != 0:
+            return
+        dataset = self.loader.dataset
+        in_the_end = dataset.use(samples + (self.last_step - step) * self.config.trainer.global_batch_size)
+        for store, use, later in zip(data.train, dataset.use(samples), in_the_end, strict=True):
+            tokens = use.samples * data.sequence_length
+            text = f"step {step}: {store.source}: {tokens:,} tokens drawn, {use.epochs:.2f} epochs"
+            log.info(text if step == self.last_step else f"{text}; {later.epochs:.2f} by step {self.last_step}")
 
     def _write_descriptions(self) -> None:
         """What a person, or a later command, wants beside the checkpoints.

@@ -9,7 +9,9 @@ import pytest
 
 from megalite.checkpoint_format import Manifest, commit, create_temporary, read_manifest
 from megalite.config.compose import compose_train, config_values
+from megalite.config.schema import WeightsConfig
 from megalite.data.format import TokenStore
+from megalite.data.packing import write_packing
 from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.preflight import check_resume, preflight
 from tests.stores import make_store
@@ -70,7 +72,7 @@ def test_a_store_that_is_not_there(config, stores, tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    "file", ["tokens_00000.bin", "document_offsets.bin", "manifest.json", "tokenizer/tokenizer.model"]
+    "file", ["tokens_00000.bin", "document_offsets_00000.bin", "manifest.json", "tokenizer/tokenizer.model"]
 )
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_store(config, tmp_path, file, damage):
@@ -105,6 +107,15 @@ def test_validation_text_that_is_trained_on_is_noticed(config, stores, tmp_path,
     shutil.copytree(stores / "a", copy := tmp_path / "copy")
     preflight(with_data(config, [stores / "a"], [copy]))
     assert caplog.messages == [f"data.validation: {copy} is trained on too: its figures say nothing about new text"]
+
+
+def test_a_store_that_is_not_packed(config, tmp_path):
+    packed = with_data(config, [make_store(tmp_path / "a")])
+    packed = with_group(packed, "data", packing="best_fit", sequence_length=64)
+    with pytest.raises(DataError, match=r"not packed yet; `megalite data pack .*packing=best_fit sequence_length=64`"):
+        preflight(packed)
+    write_packing(TokenStore.open(tmp_path / "a"), "best_fit", 64)
+    assert preflight(packed)
 
 
 def test_a_sequence_longer_than_a_store(config, stores, tmp_path):
@@ -190,13 +201,46 @@ class TestResume:
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
             preflight(with_group(saved, "checkpoint", resume=str(folder)))
 
+    def test_weights_may_change_from_where_the_run_stands(self, saved):
+        """32 sequences a step: the checkpoint of step 10 stands at sample 320."""
+        changes = (WeightsConfig(step=4, weights=(2.0,)), WeightsConfig(step=10, weights=(3.0,)))
+        saved = with_group(saved, "model", vocab_size=200)
+        planned = with_group(saved, "data", schedule=changes)
+        manifest = read_manifest(save(planned, 10, samples_consumed=320))
+        assert check_resume(planned, manifest) == []
+        for later in (
+            (),
+            (WeightsConfig(step=10, weights=(4.0,)),),
+            (*changes[1:], WeightsConfig(step=99, weights=(1.0,))),
+        ):
+            (note,) = check_resume(with_group(saved, "data", schedule=(changes[0], *later)), manifest)
+            assert note.startswith("data.schedule: ")
+            assert note.endswith("from where the run stands")
+        for past in (
+            (),
+            changes[1:],
+            (WeightsConfig(step=5, weights=(2.0,)),),
+            (WeightsConfig(step=4, weights=(1.0,)),),
+        ):
+            with pytest.raises(CheckpointError, match="off its trajectory"):
+                check_resume(with_group(saved, "data", schedule=past), manifest)
+        # With another batch size the same steps are other samples.
+        halved = with_group(planned, "trainer", global_batch_size=16)
+        halved = with_group(halved, "checkpoint", allow_changes=("trainer.global_batch_size",))
+        for schedule in (changes, (*changes, WeightsConfig(step=99, weights=(1.0,)))):
+            with pytest.raises(CheckpointError, match=r"data\.schedule: .*\[128\]|data\.schedule: .* -> "):
+                check_resume(with_group(halved, "data", schedule=schedule), manifest)
+        assert check_resume(with_group(halved, "checkpoint", allow_changes=("trainer", "data.schedule")), manifest)
+        doubled = (WeightsConfig(step=8, weights=(2.0,)), WeightsConfig(step=20, weights=(3.0,)))
+        assert len(check_resume(with_group(halved, "data", schedule=doubled), manifest)) == 3
 
-def save(config, step):
+
+def save(config, step, samples_consumed=0):
     """A checkpoint without tensors."""
     values = config_values(with_group(config, "model", vocab_size=200))
     manifest = Manifest(
         step=step,
-        samples_consumed=0,
+        samples_consumed=samples_consumed,
         tokens_seen=0,
         skipped_steps=0,
         skipped_in_a_row=0,

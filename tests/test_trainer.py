@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +16,11 @@ from megalite.checkpoint import save
 from megalite.checkpoint_format import read_manifest, write_manifest
 from megalite.config.compose import read_config
 from megalite.data.files import digest_file
+from megalite.data.format import TokenStore
+from megalite.data.loader import Loader
+from megalite.data.packing import write_packing
 from megalite.engine import Engine
-from megalite.errors import CheckpointError, ConfigError, MegaliteError
+from megalite.errors import CheckpointError, ConfigError, DataError, MegaliteError
 from megalite.launch.spawn import spawn_ranks
 from megalite.metrics.jsonl import read_metrics
 from megalite.preflight import preflight
@@ -119,8 +124,8 @@ def test_what_a_run_leaves_behind(store, tmp_path):
     assert ds_config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
     assert [row["step"] for row in rows] == [3, 4, 5, 6]  # evaluated, logged, saved, the last
     assert set(rows[0]) == {"step", "eval/again/loss", "eval/again/perplexity", "eval/again/bits_per_byte"}
-    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds", "mfu",
-            "memory_bytes", "skipped_steps"} == set(rows[1])  # fmt: skip
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds",
+            "data_wait_seconds", "mfu", "memory_bytes", "skipped_steps"} == set(rows[1])  # fmt: skip
     assert rows[1]["tokens_seen"] == 4 * 8 * 32
     assert rows[3]["eval/again/perplexity"] == pytest.approx(math.exp(rows[3]["eval/again/loss"]))
 
@@ -269,3 +274,50 @@ def test_a_save_that_fails_on_rank_0_ends_every_rank_with_its_reason(store, tmp_
 
     assert spawn_ranks(rank_main, 2) == 0
     assert not list((tmp_path / "run/checkpoints").glob("step_????????"))
+
+
+def test_packed_documents_of_a_changing_blend_are_the_same_read_ahead_or_not(store, tmp_path):
+    """Two stores, whose weights change at step 3, with attention that stays within documents."""
+    other = write_store(tmp_path / "other", seed=5)
+    for path in (store, other):
+        write_packing(TokenStore.open(path), "best_fit", 32, overwrite=True)
+    data = {
+        "train": [str(store), {"path": str(other), "weight": 2}],
+        "schedule": [{"step": 3, "weights": [1, 0]}],
+        "packing": "best_fit",
+        "document_attention": True,
+        "document_positions": True,
+    }
+
+    def run(name, **changes):
+        config = tiny_config(tmp_path / name, store, model=SMALL, trainer={"steps": 6}, data=data | changes)
+        return train_on_ranks(config, 1)
+
+    ahead, at_once = run("ahead"), run("at_once", prefetch=0)
+    assert losses(ahead) == losses(at_once)
+    assert all(0 <= row["data_wait_seconds"] < row["step_seconds"] for row in ahead + at_once)
+    log = (tmp_path / "ahead/logs/rank_0.log").read_text()
+    assert re.search(r"step 0: other: 0 tokens drawn, 0\.00 epochs; 0\.\d\d by step 6\n", log)
+    assert f"step 6: words: {(8 + 24) * 32:,} tokens drawn, " in log
+    assert f"step 6: other: {16 * 32:,} tokens drawn, " in log
+
+
+def test_a_shard_cut_during_the_run_ends_it_with_its_name(tmp_path, capfd):
+    """Not with SIGBUS, and not with a hang."""
+    store = write_store(tmp_path / "words")
+    config = preflight(tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 50}))
+
+    def rank_main(place):
+        micro_batches = Loader.micro_batches
+
+        def cut_at_step_5(self, samples_consumed):
+            if samples_consumed == 5 * 8:
+                os.truncate(store / "tokens_00000.bin", 100)
+            return micro_batches(self, samples_consumed)
+
+        Loader.micro_batches = cut_at_step_5
+        train(config, place)
+
+    assert spawn_ranks(rank_main, 1) == DataError.exit_code
+    assert "tokens_00000.bin has 100 bytes" in capfd.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5]

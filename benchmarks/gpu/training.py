@@ -39,8 +39,9 @@ from megalite.config.schema import (
     TrainerConfig,
 )
 from megalite.config.validate import resolve_auto, validate_train
+from megalite.data.dataset import BlendedDataset
 from megalite.data.format import TokenStore
-from megalite.data.loader import BlendedDataset, Loader
+from megalite.data.loader import Loader
 from megalite.data.writer import StoreWriter
 from megalite.engine import Engine, StepResult
 from megalite.mesh import build_mesh

@@ -12,7 +12,7 @@ SAFE = (
     "run_name", "run_dir", "launch", "logging", "checkpoint", "parallel",
     "engine.zero_stage", "engine.offload", "engine.recompute", "engine.compile",
     "trainer.stop_after", "trainer.log_every", "trainer.eval_every", "trainer.micro_batch_size",
-    "trainer.max_skipped_steps", "data.validation",
+    "trainer.max_skipped_steps", "data.validation", "data.prefetch",
 )  # fmt: skip
 # The checkpoint's tensors would not fit, or would mean something else.
 REFUSED = ("model",)

@@ -127,13 +127,17 @@ def _compose(primary: str, cls: type, overrides: Sequence[str], literal: bool) -
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONF_MODULE, version_base="1.3"):
-            checked = [_checked_override(cls, _parse(cls, override, literal)) for override in overrides]
+            parsed = [_parse(cls, override, literal) for override in overrides]
+            lists = {one.key_or_group: one.value() for one in parsed if _is_list_of_a_group(cls, one)}
+            checked = [_checked_override(cls, one) for one in parsed if one.key_or_group not in lists]
             composed = compose(primary, overrides=checked, return_hydra_config=True)
             choices = dict(composed.hydra.runtime.choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from None
     OmegaConf.set_struct(composed, False)
     del composed["hydra"]
+    for key, value in lists.items():
+        composed[key] = value
     return composed, choices
 
 
@@ -219,6 +223,20 @@ def _checked_override(cls: type, override: Any) -> str:
         return line
     _key_hint(cls, key)
     return f"++{line}"
+
+
+def _is_list_of_a_group(cls: type, override: Any) -> bool:
+    """Whether a list is given where conf has lists by name (`clean`): Hydra would take its items for names."""
+    from hydra.core.override_parser.types import OverrideType
+
+    key = override.key_or_group
+    if override.type != OverrideType.CHANGE or override.package is not None or override.is_sweep_override():
+        return False
+    return isinstance(override.value(), list) and bool(_group_options(cls, key)) and _is_list(_key_hint(cls, key))
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
 
 
 def _group_options(cls: type, name: str) -> list[str]:

@@ -55,8 +55,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is tuple:
         return _convert_tuple(typing.get_args(hint), value, key)
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, str) and "path" in {field.name for field in dataclasses.fields(hint)}:
-            value = {"path": value}  # a plain path stands for the group that holds it
+        for name in ("path", "step") if isinstance(value, str) else ():
+            if name in {field.name for field in dataclasses.fields(hint)}:
+                value = {name: value}  # a plain path or step stands for the group that holds it
         return load_config(typing.cast(type, hint), value, key)
     if origin is dict:
         if not isinstance(value, Mapping):

@@ -15,6 +15,7 @@ Positions = Literal["learned", "none", "rotary", "sinusoidal"]
 RotaryScaling = Literal["linear", "llama3", "ntk", "yarn"]
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"]
+Packing = Literal["best_fit", "documents", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +168,25 @@ class StoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Other weights for the stores of data.train from a step on; their draws go on where they stand."""
+
+    step: int  # it begins with the sample step * trainer.global_batch_size
+    weights: tuple[float, ...]  # one for each store, in their order; 0 leaves one out
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where tokens come from. A plain path stands for a list of one store."""
 
     train: tuple[StoreConfig, ...]
     validation: tuple[StoreConfig, ...] = ()
+    schedule: tuple[WeightsConfig, ...] = ()  # later weights, instead of those in `train`, by rising steps
     sequence_length: int = 1024  # tokens; conf/train.yaml refers to the model's longest
+    packing: Packing = "stream"  # what a sequence is cut from; best_fit and documents after `megalite data pack`
     document_attention: bool = False  # attention stays within a document
     document_positions: bool = False  # positions restart with each document
+    prefetch: int = 2  # steps whose batches are read ahead, in a thread; 0: none
 
     @property
     def needs_documents(self) -> bool:

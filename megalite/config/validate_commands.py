@@ -1,11 +1,23 @@
 """The rules of the commands besides training; `validate.py` has those of training."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import get_args
 
 from megalite.config.schema import DoctorConfig, EvaluateConfig, GenerateConfig
-from megalite.config.schema_data import DataBuildConfig, Split, TokenizerTrainConfig
+from megalite.config.schema_data import (
+    DataBuildConfig,
+    DataConvertConfig,
+    DataMergeConfig,
+    DataPackConfig,
+    DataRepairConfig,
+    DataSplitConfig,
+    DataStatsConfig,
+    DataTraceConfig,
+    Split,
+    TokenizerTrainConfig,
+)
 from megalite.config.validate import same_source_rules
 from megalite.errors import ConfigError
 
@@ -18,6 +30,41 @@ def validate_tokenizer_train(config: TokenizerTrainConfig) -> None:
 def validate_data_build(config: DataBuildConfig) -> None:
     """Raise one `ConfigError` with a line for every setting of `megalite data build` that cannot work."""
     _raise(_data_build_rules(config))
+
+
+def validate_data_repair(config: DataRepairConfig) -> None:
+    """Raise `ConfigError` for a setting of `megalite data repair` that cannot work."""
+    _raise(_named(config, "store", "output"))
+
+
+def validate_data_stats(config: DataStatsConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite data stats` that cannot work."""
+    _raise(_data_stats_rules(config))
+
+
+def validate_data_merge(config: DataMergeConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite data merge` that cannot work."""
+    _raise(_data_merge_rules(config))
+
+
+def validate_data_split(config: DataSplitConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite data split` that cannot work."""
+    _raise(_data_split_rules(config))
+
+
+def validate_data_convert(config: DataConvertConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite data convert` that cannot work."""
+    _raise(_data_convert_rules(config))
+
+
+def validate_data_pack(config: DataPackConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite data pack` that cannot work."""
+    _raise(itertools.chain(_named(config, "store"), _at_least("", config, "sequence_length")))
+
+
+def validate_data_trace(config: DataTraceConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite data trace` that cannot work."""
+    _raise(_data_trace_rules(config))
 
 
 def validate_evaluate(config: EvaluateConfig) -> None:
@@ -44,6 +91,7 @@ def _tokenizer_train_rules(config: TokenizerTrainConfig) -> Iterator[str]:
     tokenizer, reader = config.tokenizer, config.reader
     yield from _input_rules(config.input, config.output)
     yield from _at_least("tokenizer.", tokenizer, "vocab_size", "sample_bytes")
+    yield from _at_least("reader.", reader, "max_document_bytes")
     if not 0 < tokenizer.character_coverage <= 1:
         yield f"tokenizer.character_coverage: found {tokenizer.character_coverage}, allowed: above 0 and at most 1"
     if not 0 <= tokenizer.language_balance <= 1:
@@ -63,6 +111,55 @@ def _data_build_rules(config: DataBuildConfig) -> Iterator[str]:
     if not 0 <= config.validation_fraction < 1:
         yield f"validation_fraction: found {config.validation_fraction}, allowed: 0 or more and below 1"
     yield from _at_least("", config, "workers", "shard_tokens")
+    yield from _at_least("dedup.", config.dedup, "ngram")
+    if not 0 < config.dedup.threshold <= 1:
+        yield f"dedup.threshold: found {config.dedup.threshold}, allowed: above 0 and at most 1"
+    yield from _at_least("decontaminate.", config.decontaminate, "ngram", "min_overlap")
+    yield from _at_least("reader.", config.reader, "max_document_bytes")
+
+
+def _data_stats_rules(config: DataStatsConfig) -> Iterator[str]:
+    yield from _named(config, "store")
+    yield from _at_least("", config, "top")
+
+
+def _data_merge_rules(config: DataMergeConfig) -> Iterator[str]:
+    yield from _named(config, "output")
+    if len(config.input) < 2 or not all(config.input):
+        yield f"input: found {list(config.input)}, name two token stores at least"
+
+
+def _data_split_rules(config: DataSplitConfig) -> Iterator[str]:
+    yield from _named(config, "store", "output")
+    if (config.parts is None) == (config.fraction is None):
+        yield f"parts and fraction: found {config.parts} and {config.fraction}, give one of them"
+    if config.parts is not None and config.parts < 2:
+        yield f"parts: found {config.parts}, allowed: 2 or more"
+    if config.fraction is not None and not 0 < config.fraction < 1:
+        yield f"fraction: found {config.fraction}, allowed: above 0 and below 1"
+
+
+def _data_convert_rules(config: DataConvertConfig) -> Iterator[str]:
+    yield from _named(config, "input", "output")
+    yield from _at_least("", config, "vocab_size")
+    if config.end_of_document is not None and config.end_of_document < 0:
+        yield f"end_of_document: found {config.end_of_document}, allowed: 0 or more"
+    if config.vocab_size is not None and config.vocab_size > 1 << 32:
+        yield f"vocab_size: found {config.vocab_size}, allowed: at most 2^32, the ids that a store can hold"
+
+
+def _data_trace_rules(config: DataTraceConfig) -> Iterator[str]:
+    yield from _named(config, "run_dir")
+    if (config.step is None) == (config.document is None):
+        yield f"step and document: found {config.step} and {config.document}, give one of them"
+    yield from _at_least("", config, "step")
+
+
+def _named(config: object, *names: str) -> Iterator[str]:
+    """Paths that must not be empty."""
+    for name in names:
+        if not getattr(config, name):
+            yield f"{name}: is empty, name a path"
 
 
 def _input_rules(inputs: tuple[str, ...], output: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from megalite.data.manifest import (
     OFFSET_DTYPE,
     FileRecord,
     Manifest,
+    ShardRecord,
     TokenizerRecord,
     dtype_for,
 )
@@ -70,16 +71,12 @@ class StoreWriter:
         self.num_tokens = self.num_documents = self.num_bytes = 0
         self._dtype = dtype_for(vocab_size)
         self._tokenizer: TokenizerRecord | None = None
-        self._shards: list[_DigestedFile] = []
-        self._open_shard_tokens = 0
+        self._shards: list[_Shard] = []
         self._directory = new_directory(self.path)
 
     def __enter__(self) -> "StoreWriter":
         """Make the temporary directory. `DataError` when `path` exists already."""
         self._temporary = self._directory.__enter__()
-        self._offsets = _DigestedFile(self._temporary, "document_offsets.bin")
-        self._bytes = _DigestedFile(self._temporary, "document_bytes.bin")
-        self._offsets.write(np.zeros(1, OFFSET_DTYPE))
         return self
 
     def __exit__(
@@ -87,8 +84,8 @@ class StoreWriter:
     ) -> None:
         """Commit, or remove everything when the block failed."""
         try:
-            for file in (*self._shards, self._offsets, self._bytes):
-                file.close()
+            for shard in self._shards:
+                shard.close()
             if kind is None:
                 self._write_manifest()
         except BaseException:  # a full disk, say: nothing may stay behind then either
@@ -121,17 +118,14 @@ class StoreWriter:
         first = 0  # of the documents that are not written yet
         while first < len(ends):
             start = int(ends[first - 1]) if first else 0
-            room = self.shard_tokens - self._open_shard_tokens
-            last = int(np.searchsorted(ends, start + room, side="right"))  # the first that does not fit
-            if not self._shards or (last <= first and self._open_shard_tokens):
+            in_shard = self._shards[-1].num_tokens if self._shards else 0
+            last = int(np.searchsorted(ends, start + self.shard_tokens - in_shard, side="right"))  # does not fit
+            if not self._shards or (last <= first and in_shard):
                 self._open_shard()
                 continue
             last = max(last, first + 1)  # a document longer than a shard has one to itself
-            self._shards[-1].write(stored[start : ends[last - 1]])
-            self._open_shard_tokens += int(ends[last - 1]) - start
+            self._shards[-1].write(stored[start : ends[last - 1]], lengths[first:last], num_bytes[first:last])
             first = last
-        self._offsets.write((self.num_tokens + ends).astype(OFFSET_DTYPE))
-        self._bytes.write(num_bytes.astype(OFFSET_DTYPE))
         self.num_tokens += len(tokens)
         self.num_documents += len(ends)
         self.num_bytes += int(np.sum(num_bytes))
@@ -139,8 +133,7 @@ class StoreWriter:
     def _open_shard(self) -> None:
         if self._shards:
             self._shards[-1].close()
-        self._shards.append(_DigestedFile(self._temporary, f"tokens_{len(self._shards):05d}.bin"))
-        self._open_shard_tokens = 0
+        self._shards.append(_Shard(self._temporary, len(self._shards)))
 
     def add_tokenizer(self, tokenizer: "SavableTokenizer") -> None:
         """Copy a `megalite.tokenizer.Tokenizer` into the store and record its name and digest."""
@@ -164,8 +157,6 @@ class StoreWriter:
             source=self.source,
             tokenizer=self._tokenizer,
             shards=tuple(shard.record for shard in self._shards),
-            document_offsets=self._offsets.record,
-            document_bytes=self._bytes.record,
         )
         text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n"
         write_synced(self._temporary / MANIFEST, text)
@@ -177,6 +168,34 @@ class StoreWriter:
                 f"token ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {vocab_size}: "
                 "the store's vocab_size must be that of the tokenizer"
             )
+
+
+class _Shard:
+    """The three files of a shard being written."""
+
+    def __init__(self, root: Path, number: int):
+        self.num_tokens = 0
+        self._tokens = _DigestedFile(root, f"tokens_{number:05d}.bin")
+        self._offsets = _DigestedFile(root, f"document_offsets_{number:05d}.bin")
+        self._bytes = _DigestedFile(root, f"document_bytes_{number:05d}.bin")
+        self._offsets.write(np.zeros(1, OFFSET_DTYPE))
+
+    def write(self, tokens: NDArray[Any], lengths: NDArray[Any], num_bytes: NDArray[Any]) -> None:
+        """Append documents side by side: ids as they are stored; see `StoreWriter.add_documents`."""
+        self._tokens.write(tokens)
+        self._offsets.write((self.num_tokens + np.cumsum(lengths, dtype=np.int64)).astype(OFFSET_DTYPE))
+        self._bytes.write(num_bytes.astype(OFFSET_DTYPE))
+        self.num_tokens += len(tokens)
+
+    def close(self) -> None:
+        for file in (self._tokens, self._offsets, self._bytes):
+            file.close()
+
+    @property
+    def record(self) -> ShardRecord:
+        return ShardRecord(
+            tokens=self._tokens.record, document_offsets=self._offsets.record, document_bytes=self._bytes.record
+        )
 
 
 class _DigestedFile:

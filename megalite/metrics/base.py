@@ -17,6 +17,7 @@ _PANELS: dict[str, tuple[str, float]] = {
     "grad_norm": ("optim/grad_norm", 1),
     "tokens_per_second": ("perf/tokens_per_s", 1),
     "step_seconds": ("perf/step_seconds", 1),
+    "data_wait_seconds": ("perf/data_wait_seconds", 1),
     "mfu": ("perf/mfu", 1),
     "memory_bytes": ("mem/max_gib", 2.0**-30),
 }

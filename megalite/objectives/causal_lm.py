@@ -18,8 +18,16 @@ class CausalLM:
         self.end_of_document = end_of_document
 
     def batch(self, samples: torch.Tensor) -> Batch:
-        """Samples [B, S + 1] -> inputs, the same shifted by one as labels, every position counted."""
-        tokens_BS, labels_BS = samples[:, :-1], samples[:, 1:]
+        """Samples of any integer type -> a batch; they are widened here, where they already lie on the device.
+
+        Windows [B, S + 1]: inputs, the same shifted by one as labels, every position counted. Packed rows [B, 3, S]
+        (see `data.views.PackedDocuments`): inputs, labels, and documents, of which 0 is padding and does not count.
+        """
+        ids = samples.long()
+        if ids.dim() == 3:
+            tokens_BS, labels_BS, documents_BS = ids.unbind(1)
+            return Batch(tokens_BS, labels_BS, documents_BS > 0, None if self.end_of_document is None else documents_BS)
+        tokens_BS, labels_BS = ids[:, :-1], ids[:, 1:]
         return Batch(tokens_BS, labels_BS, torch.ones_like(labels_BS, dtype=torch.bool), self._documents(tokens_BS))
 
     def _documents(self, tokens_BS: torch.Tensor) -> torch.Tensor | None:

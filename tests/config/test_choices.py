@@ -10,8 +10,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from megalite.config import schema, schema_data
 from megalite.config.validate_layout import DS_DERIVED, DS_OVERRIDES
+from megalite.data_tools.cleaning import STEPS
 from megalite.data_tools.formats import FORMATS
-from megalite.data_tools.tokenizer_training import MODEL_TYPES
+from megalite.data_tools.library_training import TRAINERS
+from megalite.data_tools.sentencepiece_training import MODEL_TYPES
 from megalite.engine import DTYPES, _refused_overrides
 from megalite.errors import ConfigError
 from megalite.layers.mlp import ACTIVATIONS
@@ -36,8 +38,9 @@ BATCH = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4}
         (schema.OptimizerConfig, "name", OPTIMIZERS),
         (schema.ScheduleConfig, "name", SCHEDULES),
         (schema.EngineConfig, "precision", {"auto", *DTYPES}),
-        (schema_data.TokenizerConfig, "type", MODEL_TYPES),
+        (schema_data.TokenizerConfig, "type", {*MODEL_TYPES, *TRAINERS}),
         (schema_data.ReaderConfig, "format", {"auto", *FORMATS}),
+        (schema_data.CleanStepConfig, "step", STEPS),
     ],
 )
 def test_the_schema_names_what_can_be_built(cls, name, table):

@@ -137,7 +137,8 @@ def test_the_groups_are_found():
         *("experiment", "model", "parallel", "engine", "objective", "optimizer", "schedule", "launch"),
     }
     assert {"tiny", "gpt2_124m", "llama_70b"} <= set(groups["model"])
-    assert group_choices(schema_data.DataBuildConfig) == {}
+    assert group_choices(schema_data.DataBuildConfig) == {"clean": ["chinese_web", "code", "none", "web"]}
+    assert group_choices(schema_data.TokenizerTrainConfig) == {}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ TRAIN = schema.TrainConfig(
     logging=schema.LoggingConfig(),
 )
 ROTARY = {"model.positions": "rotary", "model.rotary_scaling": schema.RotaryScalingConfig()}
-STORE = schema.StoreConfig
+STORE, CHANGE = schema.StoreConfig, schema.WeightsConfig
 
 
 def changed(config, changes):
@@ -167,6 +167,25 @@ RULES = [
     case("data.validation", (STORE(path="x/a"), STORE(path="y/a/")), (STORE(path="x/a"), STORE(path="y/a", name="b")),
          "two stores are reported as 'a'", found="another name"),
     case("data.sequence_length", 0, 1, "at least 1"),
+    case("data.prefetch", -1, 0, "0 (none) or more"),
+    *(
+        case("data.schedule", (CHANGE(step=2, weights=(1.0,)), bad), (CHANGE(step=2, weights=(0.5,)),), key, *words,
+             found=found)
+        for bad, key, found, *words in (
+            (CHANGE(step=2, weights=(1.0,)), "data.schedule[1].step", 2, "above 2"),
+            (CHANGE(step=9, weights=(1.0, 2.0)), "data.schedule[1].weights", [1.0, 2.0], "1 stores"),
+            (CHANGE(step=9, weights=(-1.0,)), "data.schedule[1].weights", [-1.0], "0 or more"),
+            (CHANGE(step=9, weights=(math.nan,)), "data.schedule[1].weights", "nan", "0 or more"),
+            (CHANGE(step=9, weights=(0.0,)), "data.schedule[1].weights", [0.0], "above 0"),
+        )
+    ),
+    case("data.schedule", (CHANGE(step=0, weights=(1.0,)),), (CHANGE(step=1, weights=(1.0,)),), "above 0", found=0),
+    case("data.train", (STORE(path="a", weight=0.0),), (STORE(path="a"),), "nothing to begin with", found="every",
+         data__schedule=(CHANGE(step=1, weights=(1.0,)),)),
+    case("data.train", (STORE(path="a"), STORE(path="b", weight=-1.0)), (STORE(path="a"), STORE(path="b", weight=0.0)),
+         "data.train[1].weight", "above 0", found=-1.0, data__schedule=(CHANGE(step=1, weights=(1.0, 1.0)),)),
+    case("data.train", (STORE(path="a"), STORE(path="b", weight=0.0)), (STORE(path="a"), STORE(path="b")),
+         "data.train[1].weight", "above 0", found=0.0, data__schedule=(CHANGE(step=1, weights=(1.0, 0.0)),)),
     case("data.sequence_length", 1025, 1024, "model.max_sequence_length=1024"),
     # the run
     *(case("run_name", name, "a-b_c.1,x=2+y", "letters", found=repr(name)) for name in ("a/b", "", ".x", "a b")),
@@ -250,6 +269,8 @@ DOCTOR = schema.DoctorConfig()
         (validate_tokenizer_train, changed(TOKENIZER, {"reader.split_column": "s"}), "split", "test", "validation"),
         (validate_data_build, BUILD, "input", (), ("a",)),
         (validate_data_build, BUILD, "output", "", "z"),
+        (validate_data_build, BUILD, "reader.max_document_bytes", 0, 1),
+        (validate_tokenizer_train, TOKENIZER, "reader.max_document_bytes", 0, 1),
         (validate_data_build, BUILD, "validation_fraction", 1.0, 0.99),
         (validate_data_build, BUILD, "validation_fraction", math.nan, 0.0),
         (validate_data_build, BUILD, "workers", 0, None),

@@ -44,10 +44,15 @@ def test_round_trip_over_shards(tmp_path, shard_tokens, vocab_size, dtype):
     for i, doc in enumerate(docs):
         np.testing.assert_array_equal(store.document(i), np.append(doc, END))
         assert store.document_bytes(i) == 3 * len(doc)
-    np.testing.assert_array_equal(store.document_offsets, np.cumsum([0] + [len(d) + 1 for d in docs]))
+    offsets = np.cumsum([0] + [len(d) + 1 for d in docs])
+    for start, stop in [(0, 40), (0, 1), (39, 40), (7, 23)]:
+        np.testing.assert_array_equal(store.offsets_of_documents(start, stop), offsets[start : stop + 1])
+        np.testing.assert_array_equal(store.bytes_of_documents(start, stop), [3 * len(d) for d in docs[start:stop]])
+    positions = np.random.default_rng(1).permutation(len(stream))
+    np.testing.assert_array_equal(store.document_at(positions), np.searchsorted(offsets, positions, side="right") - 1)
     # No document crosses a shard: every shard ends with an end-of-document token.
     for shard in store.manifest.shards:
-        raw = np.fromfile(tmp_path / "store" / shard.file, np.dtype(dtype))
+        raw = np.fromfile(tmp_path / "store" / shard.tokens.file, np.dtype(dtype))
         assert raw[-1] == END
         assert len(raw) <= shard_tokens or np.sum(raw == END) == 1
     store.verify()
@@ -56,7 +61,7 @@ def test_round_trip_over_shards(tmp_path, shard_tokens, vocab_size, dtype):
 def test_files_are_little_endian_on_disk(tmp_path):
     write_store(tmp_path / "store", [[1, 256]], vocab_size=300)
     assert (tmp_path / "store/tokens_00000.bin").read_bytes() == bytes([1, 0, 0, 1, 0, 0])
-    assert (tmp_path / "store/document_offsets.bin").read_bytes() == bytes(8) + bytes([3]) + bytes(7)
+    assert (tmp_path / "store/document_offsets_00000.bin").read_bytes() == bytes(8) + bytes([3]) + bytes(7)
 
 
 def test_empty_store_and_empty_document(tmp_path):
@@ -157,7 +162,9 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flip", "truncate", "empty", "delete"])
-@pytest.mark.parametrize("file", ["tokens_00000.bin", "tokens_00001.bin", "document_offsets.bin", "document_bytes.bin"])
+@pytest.mark.parametrize(
+    "file", ["tokens_00000.bin", "tokens_00001.bin", "document_offsets_00001.bin", "document_bytes_00000.bin"]
+)
 def test_damage_is_named(tmp_path, file, kind):
     write_store(tmp_path / "store", documents(20), shard_tokens=100)
     damage(tmp_path / "store" / file, kind)
@@ -167,8 +174,19 @@ def test_damage_is_named(tmp_path, file, kind):
             store.verify()
         assert next(r.digest for r in store.manifest.files if r.file == file) in str(error.value)
     else:
-        with pytest.raises(DataError, match=file):
-            TokenStore.open(tmp_path / "store")
+        if file.startswith("tokens"):
+            with pytest.raises(DataError, match=file):
+                TokenStore.open(tmp_path / "store")
+            return
+        store = TokenStore.open(tmp_path / "store")
+        assert len(store.tokens(0, store.num_tokens)) == store.num_tokens, "tokens are whole"
+        for use in (
+            store.check_sizes,
+            store.verify,
+            lambda: [store.document(i) for i in range(20)] and store.bytes_of_documents(0, 20),
+        ):
+            with pytest.raises(DataError, match=file):
+                use()
 
 
 def edit_manifest(store: Path, **changes) -> None:
@@ -176,21 +194,37 @@ def edit_manifest(store: Path, **changes) -> None:
     (store / "manifest.json").write_text(json.dumps(values | changes))
 
 
+RECORD = {"file": "x.bin", "bytes": 16, "digest": ""}
+
+
+def shard(**changes):
+    return {"shards": [{"tokens": RECORD | changes, "document_offsets": RECORD, "document_bytes": RECORD}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version 2, this program reads 1"),
+        ({"format_version": 1}, "format_version 1, this program reads 2"),
         ({"format_version": None}, "format_version None"),
         ({"dtype": "int32"}, "dtype int32, expected uint16"),
         ({"dtype": "uint32"}, "dtype uint32, expected uint16"),
         ({"vocab_size": 70000}, "dtype uint16, expected uint32"),
         ({"num_tokens": 7}, "tokens take .* expected 14"),
-        ({"num_documents": 7}, "document offsets take"),
+        ({"num_documents": 7}, "document byte counts take"),
         ({"end_of_document": 100}, "end_of_document 100"),
         ({"num_tokens": "many"}, "num_tokens"),
-        ({"shards": [{"file": "../x", "bytes": 1, "digest": ""}]}, "not inside the store"),
-        ({"shards": [{"file": "/etc/passwd", "bytes": 1, "digest": ""}]}, "not inside the store"),
-        ({"shards": [{"file": "", "bytes": 1, "digest": ""}]}, "not inside the store"),
+        ({"shards": None}, "expected a list"),
+        ({"shards": [1]}, "expected document_bytes, document_offsets, tokens, found 1"),
+        (shard(file="../x"), "not inside the store"),
+        (shard(file="/etc/passwd"), "not inside the store"),
+        (shard(file=""), "not inside the store"),
+        (shard(file="a\0b"), "not inside the store"),
+        (shard(bytes=-2), "-2 bytes"),
+        (shard(bytes=True), "True bytes"),
+        (shard(bytes=3), "broken number"),
+        (shard(digest=7), "digest 7"),
+        (shard(surprise=7), "surprise"),
+        ({"shards": [{**shard()["shards"][0], "document_bytes": RECORD | {"bytes": 16}}]}, "same number of documents"),
         ({"surprise": 1}, "unknown key surprise"),
     ],
 )
@@ -218,9 +252,10 @@ def rewrite(store: Path, file: str, values: np.ndarray) -> None:
 
     values.tofile(store / file)
     text = json.loads((store / "manifest.json").read_text())
-    for record in (*text["shards"], text["document_offsets"], text["document_bytes"]):
-        if record["file"] == file:
-            record["digest"] = digest_file(store / file)
+    for shard in text["shards"]:
+        for record in shard.values():
+            if record["file"] == file:
+                record["digest"] = digest_file(store / file)
     (store / "manifest.json").write_text(json.dumps(text))
 
 
@@ -228,9 +263,9 @@ def rewrite(store: Path, file: str, values: np.ndarray) -> None:
     ("file", "values", "message"),
     [
         ("tokens_00000.bin", np.array([1, 2, 0, 100, 0], "<u2"), "token id 100 outside"),
-        ("document_offsets.bin", np.array([0, 5, 5], "<u8"), "do not increase"),
-        ("document_offsets.bin", np.array([0, 3, 6], "<u8"), "expected 0..5"),
-        ("document_bytes.bin", np.array([6, 4], "<u8"), "documents hold 10 bytes"),
+        ("document_offsets_00000.bin", np.array([0, 5, 5], "<u8"), "do not increase"),
+        ("document_offsets_00000.bin", np.array([0, 3, 6], "<u8"), "expected 0..5"),
+        ("document_bytes_00000.bin", np.array([6, 4], "<u8"), "documents hold 10 bytes"),
     ],
 )
 def test_verify_looks_at_content(tmp_path, file, values, message):
@@ -241,10 +276,10 @@ def test_verify_looks_at_content(tmp_path, file, values, message):
 
 
 def test_more_shards_than_file_descriptors(tmp_path):
-    docs = documents(600)
+    docs = documents(280)
     write_store(tmp_path / "store", docs, shard_tokens=1)
     code = (
-        "import resource, sys\nresource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))\n"
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
         "from megalite.data.format import TokenStore\nstore = TokenStore.open(sys.argv[1])\n"
         "print(int(store.tokens(0, store.num_tokens).sum()))"
     )
@@ -259,9 +294,48 @@ def test_opening_reads_no_tokens(tmp_path):
     write_store(tmp_path / "store", [[1]])
     tokens = 1 << 35
     os.truncate(tmp_path / "store/tokens_00000.bin", 2 * tokens)
-    shard = {"file": "tokens_00000.bin", "bytes": 2 * tokens, "digest": ""}
-    edit_manifest(tmp_path / "store", num_tokens=tokens, shards=[shard])
+    shards = json.loads((tmp_path / "store/manifest.json").read_text())["shards"]
+    shards[0]["tokens"]["bytes"] = 2 * tokens
+    edit_manifest(tmp_path / "store", num_tokens=tokens, shards=shards)
     start = time.perf_counter()
     store = TokenStore.open(tmp_path / "store")
     assert store.tokens(tokens - 2, tokens).tolist() == [0, 0]
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("bytes_left", [0, 4096, 3 * 4096 + 2])
+def test_a_shard_that_is_cut_under_its_map_is_an_error_not_a_signal(tmp_path, bytes_left):
+    """In a process of its own: reading a page beyond the end of the file would kill it with SIGBUS."""
+    write_store(tmp_path / "store", [np.ones(20_000)], shard_tokens=10)
+    code = (
+        "import os, sys\nimport numpy as np\nfrom megalite.data.format import TokenStore\n"
+        "from megalite.errors import DataError\n"
+        "store = TokenStore.open(sys.argv[1])\nrows = np.empty((1, 100), np.int64)\nstore.read_rows([19000], rows)\n"
+        "os.truncate(sys.argv[1] + '/tokens_00000.bin', int(sys.argv[2]))\n"
+        "reads = (lambda: store.read_rows([19000], rows), lambda: store.tokens(0, 20000), lambda: store.document(0))\n"
+        "for read in reads:\n"
+        "    try:\n        read()\n    except DataError as error:\n        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "store"), str(bytes_left)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count(f"tokens_00000.bin has {bytes_left} bytes, 40002 are expected") == 3
+
+
+def test_rows_across_shards_in_a_wider_type(tmp_path):
+    docs = documents(60)
+    store = write_store(tmp_path / "store", docs, shard_tokens=50)
+    stream = np.concatenate([np.append(d, END) for d in docs])
+    store.max_mapped_files = 2
+    starts = np.random.default_rng(3).integers(0, len(stream) - 35, 200)
+    for dtype in (np.uint16, np.int64):
+        rows = np.empty((200, 35), dtype)
+        store.read_rows(starts, rows)
+        np.testing.assert_array_equal(rows, stream[starts[:, None] + np.arange(35)])
+    assert len(store._maps) == 2
+    for start in (-1, len(stream) - 34):
+        with pytest.raises(IndexError, match="do not lie within"):
+            store.read_rows([0, start], np.empty((2, 35)))

@@ -156,7 +156,7 @@ def test_a_file_that_changed_is_read_again(tmp_path, tokenizer_path, monkeypatch
     config = build_config(sources, tmp_path / "out", tokenizer_path)
     good = sources[2].read_text()
     sources[2].write_text(good + "{}\n")
-    with pytest.raises(DataError, match="no column"):
+    with pytest.raises(DataError, match="missing text"):
         build_store(config)
     (work,) = tmp_path.glob("out.work-*")
     done = {path: path.stat().st_mtime_ns for path in work.glob("unit_*/done.json")}
@@ -370,7 +370,7 @@ from megalite.config.schema_data import DataBuildConfig, ReaderConfig, StoreToke
 from megalite.data_tools import building, units
 from megalite.data_tools.readers import Document
 
-def endless(path, config, source, report):
+def endless(path, config, source, report, span):
     for report.documents in itertools.count(1):
         yield Document("night " * 1000, 6000, str(report.documents), "in", "", "train")
 

@@ -367,7 +367,7 @@ def test_the_same_file_is_read_once(tmp_path):
         ([], "input is empty"),
         (["gone.txt"], "does not exist and matches no file"),
         (["*.parquet"], "matches no file"),
-        (["folder"], "holds no file that ends in .txt, .jsonl, .parquet"),
+        (["folder"], "holds no file that ends in .txt, .jsonl, .json, .html, .parquet"),
         (["note.md"], "tells no format. Known: .*reader.format"),
         (["dangling.txt"], "link to a file that does not exist"),
     ],

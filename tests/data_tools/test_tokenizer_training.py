@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megalite.config.schema_data import ReaderConfig, TokenizerConfig, TokenizerTrainConfig
-from megalite.data_tools.tokenizer_training import TrainingSample, train_tokenizer
+from megalite.data_tools.tokenizer_sample import TrainingSample
+from megalite.data_tools.tokenizer_training import train_tokenizer
 from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.tokenizer import load_tokenizer
 from tests.data_tools.corpora import TRICKY, chinese, english, texts, write_jsonl
@@ -59,11 +60,40 @@ def test_training_writes_a_folder_that_loads(tmp_path, type_):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out"]
 
 
-def test_the_same_input_gives_the_same_file(tmp_path):
+@pytest.mark.parametrize(
+    ("type_", "end", "lossless"),
+    [("bpe_bytelevel", "<|endoftext|>", True), ("unigram", "<|endoftext|>", True), ("wordpiece", "[SEP]", False)],
+)
+def test_types_of_the_tokenizers_library(tmp_path, type_, end, lossless):
+    path = train_tokenizer(plain(tmp_path, texts(), type=type_, vocab_size=350))
+    assert sorted(p.name for p in path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_document_text) == ("out", 350, end)
+    assert (tokenizer.unknown is None) == lossless
+    for text in [*TRICKY, *texts(5)]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.end_of_document not in ids
+        assert not lossless or tokenizer.decode(ids) == text
+    assert len(tokenizer.encode("the king of night and day")) <= 25, "no characters were joined"
+
+
+@pytest.mark.parametrize(("type_", "size", "message"), [
+    ("bpe_bytelevel", 100, "the characters alone need 257"),
+    ("wordpiece", 30_000, r"this text yields \d+; set that"),
+])  # fmt: skip
+def test_vocabularies_of_the_library_that_do_not_fit(tmp_path, type_, size, message):
+    with pytest.raises(ConfigError, match=message):
+        train_tokenizer(plain(tmp_path, texts(), type=type_, vocab_size=size))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("type_", ["sp_bpe", "bpe_bytelevel"])
+def test_the_same_input_gives_the_same_file(tmp_path, type_):
     digests = set()
     for name in ("a", "b"):
-        path = train_tokenizer(config(tmp_path, name=name))
-        digests.add(hashlib.sha256((path / "tokenizer.model").read_bytes()).hexdigest())
+        path = train_tokenizer(config(tmp_path, name=name, type=type_, vocab_size=400 if type_ == "sp_bpe" else 300))
+        (model,) = (p for p in path.iterdir() if p.name != "tokenizer_config.json")
+        digests.add(hashlib.sha256(model.read_bytes()).hexdigest())
     assert len(digests) == 1
 
 

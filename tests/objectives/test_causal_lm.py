@@ -34,3 +34,21 @@ def test_padding_does_not_count():
     assert batch.tokens_BS.tolist() == [[1, 2, 3], [5, 0, 0], [0, 0, 0]]
     assert batch.labels_BS.tolist() == [[2, 3, 4], [6, 0, 0], [0, 0, 0]]
     assert batch.mask_BS.tolist() == [[True] * 3, [True, False, False], [False] * 3]
+
+
+def test_packed_rows_count_without_their_padding():
+    rows = torch.tensor([[[9, 1, 2, 9], [1, 2, 9, 9], [1, 1, 1, 0]], [[9, 3, 9, 4], [3, 9, 4, 9], [1, 1, 2, 2]]])
+    for dtype in (torch.uint16, torch.uint32):
+        batch = CausalLM(4, end_of_document=9).batch(rows.to(dtype))
+        assert batch.tokens_BS.tolist() == rows[:, 0].tolist()
+        assert batch.labels_BS.tolist() == rows[:, 1].tolist()
+        assert batch.mask_BS.tolist() == [[True, True, True, False], [True] * 4]
+        assert batch.documents_BS.tolist() == rows[:, 2].tolist()
+        assert batch.tokens_BS.dtype == batch.labels_BS.dtype == batch.documents_BS.dtype == torch.int64
+    assert CausalLM(4).batch(rows).documents_BS is None
+
+
+def test_samples_are_widened():
+    batch = CausalLM(3).batch(torch.tensor([[1, 60000, 3, 65535]], dtype=torch.uint16))
+    assert batch.tokens_BS.tolist() == [[1, 60000, 3]]
+    assert batch.labels_BS.tolist() == [[60000, 3, 65535]]

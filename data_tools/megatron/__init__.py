@@ -1,0 +1,1 @@
+"""Megatron-LM's indexed datasets (.bin and .idx): to token stores and back."""

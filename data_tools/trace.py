@@ -1,0 +1,151 @@
+"""Which documents a training step used, and which steps used a document: `megalite data trace`.
+
+The order of samples is a closed form, so a run's configuration and its stores say it all; nothing was recorded.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.checkpoint_format import list_checkpoints, read_manifest
+from megalite.config.compose import read_config
+from megalite.config.schema import TrainConfig
+from megalite.config.schema_data import DataTraceConfig
+from megalite.config.validate_commands import validate_data_trace
+from megalite.data.dataset import BlendedDataset, build_dataset
+from megalite.data.format import TokenStore
+from megalite.errors import ConfigError, DataError
+from megalite.tokenizer import Tokenizer
+
+from .inspection import store_tokenizer
+
+_SHOWN_TOKENS = 16  # of a document's beginning
+
+
+@dataclass(frozen=True)
+class DocumentUse:
+    """A part of a document in a sample."""
+
+    sample: int  # counted from the run's start
+    source: str
+    store: Path
+    document: int  # its index in the store
+    start: int  # the part's first token in the document, and the one behind its last
+    stop: int
+    num_tokens: int  # of the whole document, its end included
+    text: str  # how the document begins
+
+
+@dataclass(frozen=True)
+class StepUse:
+    """A sample that held a part of the document asked for."""
+
+    step: int
+    sample: int
+    epoch: int  # of the document's source, from 0
+
+
+class Trace:
+    """A run, opened for questions about its data."""
+
+    def __init__(self, run_dir: str):
+        """Read run_dir/config.yaml and open the training stores.
+
+        Raises `ConfigError` or `DataError` for what cannot be read, and `DataError` when the stores are not those that
+        the run was trained on, or when its batch size was changed on the way, so that steps do not tell samples.
+        """
+        self.config: TrainConfig = read_config(Path(run_dir) / "config.yaml")
+        self.batch = self.config.trainer.global_batch_size
+        self.dataset: BlendedDataset = build_dataset(self.config.data, self.batch, self.config.seed)
+        self.steps_so_far = _steps_so_far(Path(run_dir), self.config)
+        self._check(Path(run_dir))
+        self._tokenizers: dict[Path, Tokenizer | None] = {}
+
+    def documents(self, step: int) -> Iterator[DocumentUse]:
+        """What step `step` (the first is 1) trained on, or would, sample after sample. `ConfigError` out of range."""
+        if not 1 <= step <= self.config.trainer.steps:
+            raise ConfigError(f"step: found {step}, allowed: 1 to trainer.steps={self.config.trainer.steps}")
+        samples = range((step - 1) * self.batch, step * self.batch)
+        sources, units, _ = self.dataset.order.locate(samples)
+        for sample, source, unit in zip(samples, sources.tolist(), units.tolist(), strict=True):
+            store, name = self.dataset.stores[source], self.config.data.train[source].source
+            for start, stop in self.dataset.views[source].ranges(unit):
+                first, last = store.document_at([start, stop - 1]).tolist()
+                offsets = store.offsets_of_documents(first, last + 1).tolist()
+                for document, (begin, end) in enumerate(itertools.pairwise(offsets), first):
+                    part = max(start, begin) - begin, min(stop, end) - begin
+                    text = self._beginning(store, document)
+                    yield DocumentUse(sample, name, store.path, document, *part, end - begin, text)
+
+    def steps(self, document: str) -> list[StepUse]:
+        """The samples of the steps so far that held tokens of a document, in order.
+
+        `document`: SOURCE:INDEX, or the store's path for SOURCE. Raises `ConfigError` for one that does not exist.
+        """
+        source, index = self._find(document)
+        view = self.dataset.views[source]
+        start, stop = view.store.offsets_of_documents(index, index + 1).tolist()
+        found = []
+        for unit in view.units_of(start, stop):
+            samples, epochs = self.dataset.order.samples_of(source, unit, self.steps_so_far * self.batch)
+            for sample, epoch in zip(samples.tolist(), epochs.tolist(), strict=True):
+                found.append(StepUse(sample // self.batch + 1, sample, epoch))
+        return sorted(found, key=lambda use: use.sample)
+
+    def _find(self, document: str) -> tuple[int, int]:
+        name, _, index = document.rpartition(":")
+        stores = self.config.data.train
+        found = [i for i, store in enumerate(stores) if name in (store.source, store.path)]
+        if not index.isdecimal() or len(found) != 1:
+            known = ", ".join(f"{store.source} ({store.path})" for store in stores)
+            raise ConfigError(f"document: found {document!r}, expected SOURCE:INDEX with one of the run's: {known}")
+        num_documents = self.dataset.stores[found[0]].num_documents
+        if int(index) >= num_documents:
+            raise ConfigError(f"document: found {document!r}, but {name} has documents 0 to {num_documents - 1}")
+        return found[0], int(index)
+
+    def _check(self, run_dir: Path) -> None:
+        checkpoints = list_checkpoints(run_dir / "checkpoints")
+        if not checkpoints:
+            return
+        manifest = read_manifest(checkpoints[-1])
+        if manifest.samples_consumed != manifest.step * self.batch:
+            raise DataError(
+                f"{run_dir}: step {manifest.step} stood at sample {manifest.samples_consumed}, not at "
+                f"{manifest.step} x trainer.global_batch_size={self.batch}: the batch size changed during the run, so "
+                "that its steps cannot be traced"
+            )
+        for store, digest in zip(self.dataset.stores, manifest.stores, strict=False):
+            if store.digest != digest:
+                raise DataError(f"{store.path} has another content than the run of {run_dir} was trained on")
+
+    def _beginning(self, store: TokenStore, document: int) -> str:
+        """A document's first words, on one line; its first ids where the store holds no tokenizer."""
+        if store.path not in self._tokenizers:
+            self._tokenizers[store.path] = store_tokenizer(store) if store.manifest.tokenizer else None
+        start, stop = store.offsets_of_documents(document, document + 1).tolist()
+        ids = store.tokens(start, min(stop - 1, start + _SHOWN_TOKENS)).tolist()
+        tokenizer = self._tokenizers[store.path]
+        return " ".join(tokenizer.decode(ids).split()) if tokenizer else str(ids)
+
+
+def open_trace(config: DataTraceConfig) -> Trace:
+    """The run that a command asks about. Raises `ConfigError` for a setting that cannot work; see also `Trace`."""
+    validate_data_trace(config)
+    return Trace(config.run_dir)
+
+
+def _steps_so_far(run_dir: Path, config: TrainConfig) -> int:
+    """The step of the last row of metrics.jsonl; without one, all that are planned."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return config.trainer.steps
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a row that was cut off when the run was killed
+    return 0
