@@ -43,6 +43,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy data_tools launch
 
 # Torch first, so that its index can be chosen; DeepSpeed is built without its compiled operations, which are not used.
 $(VENV)/core: setup.py pyproject.toml constraints.txt

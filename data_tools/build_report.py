@@ -15,7 +15,7 @@ from .segments import Counts, Segment
 
 REPORT, REPORT_PAGE = "build_report.json", "build_report.html"
 _HEAD_TOKENS = 30
-STAGES = ("cleaning", "decontamination", "exact", "near")  # in which documents are left out, in order
+STAGES = ("cleaning", "lines", "decontamination", "exact", "near")  # in which documents are left out, in order
 
 
 @dataclass
@@ -52,7 +52,7 @@ class BuildReport:
     documents_read: int
     skipped: dict[str, int]  # bad rows, by reason
     cleaning: dict[str, int]  # documents that a step changed or dropped
-    dropped: dict[str, int]  # documents, by stage: cleaning, decontamination, exact, near
+    dropped: dict[str, int]  # documents, by stage: see `STAGES`
     examples: dict[str, list[str]]  # some of them, by stage: where they stood, or how they begin
     compared_pairs: int  # candidates for near duplicates
     duplicates: list[DuplicateExample]

@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -40,6 +40,7 @@ from .build_report import REPORT, REPORT_PAGE, BuildReport, make_report
 from .cleaning import build_cleaner
 from .decontamination import write_ngrams
 from .dedup import find_duplicates
+from .line_dedup import mark_repeats
 from .merging import WrittenStore, write_stores
 from .minhash import require_minhash
 from .readers import default_source, find_files, spans_of
@@ -110,7 +111,10 @@ def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer,
     if leaks:
         looked_for = write_ngrams(leaks, config.decontaminate, config.reader)
         log.info("%d n-grams of %d evaluation texts are looked for", looked_for.ngrams, looked_for.texts)
-    _run_units(units, config, leaks)
+    if config.dedup.lines:
+        _run_units(Worker.hash_lines, units, config, leaks)
+        mark_repeats([unit.folder for unit in units])
+    _run_units(Worker.run, units, config, leaks)
     counts = _gather_counts(units)
     segments = open_segments([unit.folder for unit in units], DTYPES[dtype_for(tokenizer.vocab_size)])
     threshold = config.dedup.threshold if config.dedup.near else None
@@ -165,19 +169,21 @@ def _identity(path: Path) -> list[str | int]:
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def _run_units(units: Sequence[Unit], config: DataBuildConfig, leaks: Path | None) -> None:
-    """Do what is not done. One worker is this process itself."""
+def _run_units(
+    work: Callable[[Worker, Unit], None], units: Sequence[Unit], config: DataBuildConfig, leaks: Path | None
+) -> None:
+    """Do what is not done of a kind of work. One worker is this process itself."""
     workers = min(config.workers or os.cpu_count() or 1, len(units))
     if workers == 1:
         worker = Worker(config, leaks)
         for unit in units:
-            worker.run(unit)
+            work(worker, unit)
         return
     # Spawned, not forked: pyarrow has threads by now. Children import this module, hence no torch.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config, leaks))
     try:
-        futures = [pool.submit(_run_in_worker, unit) for unit in units]
+        futures = [pool.submit(_run_in_worker, work, unit) for unit in units]
         for future in futures:  # in order, so that the error is the same for any number of workers
             while not wait([future], timeout=_LOG_SECONDS).done:
                 _log_progress(units)
@@ -228,9 +234,9 @@ def _fresh(folder: Path) -> Path:
 _worker: Worker | None = None  # of this process, when it is one
 
 
-def _run_in_worker(unit: Unit) -> None:
+def _run_in_worker(work: Callable[[Worker, Unit], None], unit: Unit) -> None:
     assert _worker is not None, "the pool's initializer has made it"
-    _worker.run(unit)
+    work(_worker, unit)
 
 
 def _start_worker(config: DataBuildConfig, leaks: Path | None) -> None:

@@ -75,12 +75,13 @@ class Counts:
 
 @dataclass
 class SegmentHead:
-    """What a segment holds. `read`: documents of the unit up to its end, for a worker that goes on after it."""
+    """What a segment holds. `read`, `lines`: documents and hashed lines of the unit up to its end, to go on after."""
 
     stores: list[str]
     documents: int
     tokens: int
     read: int
+    lines: int
     counts: Counts
 
 

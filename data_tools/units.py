@@ -19,6 +19,7 @@ from megalite.tokenizer import Encoder, Tokenizer, load_tokenizer
 from .cleaning import Cleaner, build_cleaner
 from .decontamination import LeakFinder
 from .formats import Span
+from .line_dedup import LineDropper, write_lines
 from .minhash import band_keys
 from .readers import Document, ReadReport, iter_file_documents
 from .segments import (
@@ -73,15 +74,33 @@ class Worker:
         for _ in islice(documents, finished[-1].read if finished else 0):
             pass  # in a finished segment
         skipped = report.skipped.copy() if finished else Counter[str]()
+        dedup = self.config.dedup
+        lines = None
+        if dedup.lines:
+            lines = LineDropper(unit.folder, dedup.min_line_characters, finished[-1].lines if finished else 0)
         row = report.documents
         for number, chunks in enumerate(_segments(documents), start=len(finished)):
-            segment = _SegmentBuilder(self)
+            segment = _SegmentBuilder(self, lines)
             for chunk in chunks:
                 segment.add(row, chunk)
                 row += len(chunk)
             segment.write(unit.folder / segment_name(number), report.documents, report.skipped - skipped)
             skipped = report.skipped.copy()
         mark_done(unit.folder, Counts(skipped=report.skipped - skipped), report.messages)
+
+    def hash_lines(self, unit: Unit) -> None:
+        """Write the hashes of the lines of `unit`. Raises `DataError` for bad input."""
+        reader = self.config.reader
+        documents = iter_file_documents(unit.path, reader, unit.source, ReadReport(quiet=True), unit.span)
+        cleaned = (self.clean(document, Counter()) for document in documents)
+        texts = (text for text in cleaned if text is not None)
+        write_lines(unit.folder, texts, self.config.dedup.min_line_characters)
+
+    def clean(self, document: Document, counts: Counter[str]) -> str | None:
+        """The text that the steps leave of a document, or None when they drop it."""
+        if self.cleaner is None:
+            return document.text
+        return self.cleaner.clean(document.text, document.language, counts)
 
     def store_of(self, document: Document) -> str:
         """The store that a document goes to, as a path below the output. `split`: told by a column, or by a hash.
@@ -99,8 +118,8 @@ class Worker:
 class _SegmentBuilder:
     """The documents of one segment, chunk by chunk."""
 
-    def __init__(self, worker: Worker):
-        self._worker, self._counts = worker, Counts()
+    def __init__(self, worker: Worker, lines: LineDropper | None):
+        self._worker, self._lines, self._counts = worker, lines, Counts()
         self._stores: dict[str, int] = {}
         self._tokens: list[NDArray[Any]] = []  # documents side by side, with their ends
         self._documents: list[NDArray[Any]] = []
@@ -149,7 +168,14 @@ class _SegmentBuilder:
         near = worker.config.dedup.near and len(documents)
         write_segment(
             path,
-            SegmentHead(list(self._stores), len(documents), len(flat), read, self._counts),
+            SegmentHead(
+                stores=list(self._stores),
+                documents=len(documents),
+                tokens=len(flat),
+                read=read,
+                lines=self._lines.position if self._lines else 0,
+                counts=self._counts,
+            ),
             np.concatenate([np.empty(0, worker.dtype), *tokens]),
             documents[order],
             np.concatenate(self._bands, axis=1)[:, order] if near else None,
@@ -164,15 +190,20 @@ class _SegmentBuilder:
 
     def _clean(self, document: Document) -> str | None:
         """The text that is kept of a document, or None when it is dropped."""
-        cleaner = self._worker.cleaner
-        if cleaner is None:
-            return document.text
-        text = cleaner.clean(document.text, document.language, self._counts.cleaning)
+        text = self._worker.clean(document, self._counts.cleaning)
         if text is None or not text.strip():
-            self._counts.dropped["cleaning"] += 1
-            self._counts.example("cleaning", document.id)  # not what it says: perhaps nobody should read that
+            self._drop("cleaning", document)
             return None
+        if self._lines:
+            text = self._lines.drop(text, self._counts.cleaning)
+            if not text.strip():
+                self._drop("lines", document)
+                return None
         return text
+
+    def _drop(self, stage: str, document: Document) -> None:
+        self._counts.dropped[stage] += 1
+        self._counts.example(stage, document.id)  # not what it says: perhaps nobody should read that
 
     def _without_leaks(self, kept: list[tuple[int, Document, str]]) -> list[tuple[int, Document, str]]:
         if self._worker.leaks is None:

@@ -11,11 +11,12 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import xxhash
 
@@ -93,11 +94,11 @@ def _is_first_to_say(message: str, folder: Path) -> bool:
     return True
 
 
-def _wait(ranks: list[BaseProcess]) -> int:
-    waiting = {process.sentinel: process for process in ranks}
+def _wait(ranks: Sequence[BaseProcess]) -> int:
+    waiting: dict[Any, BaseProcess] = {process.sentinel: process for process in ranks}
     while waiting:
         for sentinel in wait(list(waiting)):
-            process = waiting.pop(sentinel)  # type: ignore[index]
+            process = waiting.pop(sentinel)
             process.join()
             if process.exitcode:
                 if process.exitcode < 0:
@@ -112,7 +113,7 @@ def _describe_signal(number: int) -> str:
     return f"signal {number} ({signal.Signals(number).name}){hint}"
 
 
-def _forwarder(ranks: list[BaseProcess]) -> Callable[[int, FrameType | None], None]:
+def _forwarder(ranks: Sequence[BaseProcess]) -> Callable[[int, FrameType | None], None]:
     def forward(number: int, frame: FrameType | None) -> None:
         for process in ranks:
             if process.is_alive() and process.pid is not None:
@@ -121,7 +122,7 @@ def _forwarder(ranks: list[BaseProcess]) -> Callable[[int, FrameType | None], No
     return forward
 
 
-def _end(ranks: list[BaseProcess]) -> None:
+def _end(ranks: Sequence[BaseProcess]) -> None:
     for process in ranks:
         if process.is_alive():
             process.terminate()

@@ -111,7 +111,7 @@ def _data_build_rules(config: DataBuildConfig) -> Iterator[str]:
     if not 0 <= config.validation_fraction < 1:
         yield f"validation_fraction: found {config.validation_fraction}, allowed: 0 or more and below 1"
     yield from _at_least("", config, "workers", "shard_tokens")
-    yield from _at_least("dedup.", config.dedup, "ngram")
+    yield from _at_least("dedup.", config.dedup, "ngram", "min_line_characters")
     if not 0 < config.dedup.threshold <= 1:
         yield f"dedup.threshold: found {config.dedup.threshold}, allowed: above 0 and at most 1"
     yield from _at_least("decontaminate.", config.decontaminate, "ngram", "min_overlap")
