@@ -42,7 +42,7 @@ CORE = [
 EXTRAS = {
     "hf": ["transformers>=5.10"],
     "tensorboard": ["tensorboard>=2.20"],
-    "data": ["zstandard>=0.25", "gigatoken>=0.10", "rensa>=0.5"],
+    "data": ["zstandard>=0.25", "gigatoken>=0.10", "rensa>=0.5", "tiktoken>=0.12"],
     "clean": ["ftfy>=6.3", "selectolax>=1.0", "py3langid>=0.4"],
     "trafilatura": ["trafilatura>=2.3", "lxml-html-clean>=0.4"],
     "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "build>=1.3"],

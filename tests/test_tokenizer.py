@@ -1,3 +1,4 @@
+import base64
 import json
 import random
 import shutil
@@ -36,6 +37,19 @@ def gpt2_folder(folder: Path) -> Path:
     return folder
 
 
+def tiktoken_file(folder: Path) -> Path:
+    """The same pairs as a file of tiktoken: every token's bytes, in the order in which they are merged."""
+    folder.mkdir()
+    spec = json.loads(train_byte_level().to_str())["model"]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    tokens = [bytes(byte_of[c] for c in token) for token in sorted(spec["vocab"], key=spec["vocab"].get)]
+    lines = [base64.b64encode(token).decode() + f" {rank}" for rank, token in enumerate(tokens)]
+    (folder / "r50k_base.tiktoken").write_text("\n".join(lines) + "\n")
+    return folder / "r50k_base.tiktoken"
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[str, Path]:
     """Every kind that `load_tokenizer` takes."""
@@ -52,10 +66,11 @@ def paths(tmp_path_factory) -> dict[str, Path]:
         "model": root / "plain/some.model",
         "json": root / "tokenizer.json",
         "gpt2": gpt2_folder(root / "gpt2"),
+        "tiktoken": tiktoken_file(root / "tiktoken"),
     }
 
 
-KINDS = ["folder", "unigram", "model", "json", "gpt2"]
+KINDS = ["folder", "unigram", "model", "json", "gpt2", "tiktoken"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +84,7 @@ def test_every_text_comes_back_and_text_is_never_control(paths, kind):
         assert tokenizer.decode_bytes(ids) == text.encode()
         assert tokenizer.end_of_document not in ids
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
-        if not kind.endswith(("json", "gpt2")):
+        if not kind.endswith(("json", "gpt2", "tiktoken")):
             assert not {0, 1, 2, 3} & set(ids), "unknown, begin, end and padding are never text"
 
 
@@ -106,15 +121,31 @@ def test_saved_copy_is_the_same_tokenizer(paths, kind, tmp_path):
 def test_digest_tells_tokenizers_apart(paths):
     digests = {kind: load_tokenizer(path).digest for kind, path in paths.items()}
     assert digests["folder"] == digests["model"], "the same model, found in two ways"
-    assert len(set(digests.values())) == 4
+    assert len(set(digests.values())) == 5
 
 
-def test_our_gpt2_form_equals_the_library(paths):
-    """The vocab.json + merges.txt route gives the ids that the same model gives as tokenizer.json."""
-    ours, library = load_tokenizer(paths["gpt2"]), Tokenizer.from_file(str(paths["json"]))
+@pytest.mark.parametrize("kind", ["gpt2", "tiktoken"])
+def test_our_gpt2_forms_equal_the_library(paths, kind):
+    """vocab.json + merges.txt, and tiktoken's file, give the ids that the same model gives as tokenizer.json."""
+    ours, library = load_tokenizer(paths[kind]), Tokenizer.from_file(str(paths["json"]))
     for text in texts():
         if END not in text:
             assert ours.encode(text) == library.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mine.tiktoken", None, r"its name is not one of .*cl100k_base\.tiktoken"),
+        ("r50k_base.tiktoken", "no base64 at all\n", "is not valid, or is damaged"),
+        ("cl100k_base.tiktoken", "QQ== 0\n", "has 1 tokens, fewer than there are bytes"),
+    ],
+)
+def test_files_of_tiktoken_that_cannot_be_read(paths, tmp_path, name, content, message):
+    text = paths["tiktoken"].read_text() if content is None else content
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path / name)
 
 
 def test_hugging_face_end_of_document(tmp_path):

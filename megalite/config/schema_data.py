@@ -77,7 +77,7 @@ class CleanStepConfig:
 class StoreTokenizerConfig:
     """The tokenizer that encodes a store."""
 
-    path: str  # a folder of `megalite tokenizer train`, a SentencePiece .model, a tokenizer.json, or GPT-2's folder
+    path: str  # a folder of `megalite tokenizer train`, a .model, a tokenizer.json, a .tiktoken, or GPT-2's folder
     engine: EncoderEngine = "auto"  # auto: gigatoken where it gives the reference library's ids
 
 

@@ -17,8 +17,8 @@ GPT2_FILES = ("vocab.json", "merges.txt")
 # Tried in turn when no configuration beside tokenizer.json names its eos_token.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 ACCEPTED = (
-    f"Accepted: a folder made by `megalite tokenizer train`, a SentencePiece .model, a {HF_JSON}, or a folder with "
-    f"{' and '.join(GPT2_FILES)}"
+    f"Accepted: a folder made by `megalite tokenizer train`, a SentencePiece .model, a {HF_JSON}, a .tiktoken, or a "
+    f"folder with {' and '.join(GPT2_FILES)}"
 )
 
 

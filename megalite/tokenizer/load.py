@@ -17,6 +17,7 @@ from megalite.tokenizer.base import (
 )
 from megalite.tokenizer.huggingface import HuggingFaceTokenizer
 from megalite.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from megalite.tokenizer.tiktoken_vocabulary import TIKTOKEN_ENDING, TiktokenTokenizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -30,6 +31,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = _load_folder(path)
     elif path.name.endswith(".model"):
         tokenizer = SentencePieceTokenizer(path)
+    elif path.name.endswith(TIKTOKEN_ENDING):
+        tokenizer = TiktokenTokenizer(path)
     elif path.name.endswith(".json") and path.name not in (GPT2_FILES[0], CONFIG):
         tokenizer = HuggingFaceTokenizer((path,))
     else:
@@ -42,14 +45,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _load_folder(path: Path) -> Tokenizer:
     config = read_config(path / CONFIG)
-    if config.get("format") == OUR_FORMAT and config.get("type") not in ("sentencepiece", "huggingface"):
-        raise DataError(f"{path / CONFIG}: type {config.get('type')!r}, allowed: sentencepiece, huggingface")
+    kinds = ("sentencepiece", "huggingface", "tiktoken")
+    if config.get("format") == OUR_FORMAT and config.get("type") not in kinds:
+        raise DataError(f"{path / CONFIG}: type {config.get('type')!r}, allowed: {', '.join(kinds)}")
     if (path / SP_MODEL).is_file() and not (path / HF_JSON).is_file():
         tokenizer: Tokenizer = SentencePieceTokenizer(path / SP_MODEL)
     elif (path / HF_JSON).is_file():
         tokenizer = HuggingFaceTokenizer((path / HF_JSON,), configured_end(config))
     elif all((path / name).is_file() for name in GPT2_FILES):
         tokenizer = HuggingFaceTokenizer(tuple(path / name for name in GPT2_FILES), configured_end(config))
+    elif len(found := sorted(path.glob(f"*{TIKTOKEN_ENDING}"))) == 1:
+        tokenizer = TiktokenTokenizer(found[0])
     else:
         raise DataError(f"no tokenizer in the folder {path}. {ACCEPTED}")
     if config.get("format") == OUR_FORMAT:
