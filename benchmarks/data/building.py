@@ -155,13 +155,19 @@ def measure(commands: dict[str, list[str]], folder: Path, repeats: int) -> dict[
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             found[name]["cpu_seconds"].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             found[name]["wall_seconds"].append(time.perf_counter() - started)
+            if (report := folder / "out/build_report.json").exists():
+                stores = json.loads(report.read_text())["stores"].values()
+                found[name]["tokens"].append(sum(store["tokens"] for store in stores))
     return {name: {key: statistics.median(values) for key, values in row.items()} for name, row in found.items()}
 
 
 def with_rates(rows: dict[str, dict[str, float]], source: Path) -> dict[str, dict[str, float]]:
-    """Megabytes of the input per CPU second."""
-    megabytes = source.stat().st_size / 1e6
-    return {name: row | {"mb_per_cpu_second": megabytes / row["cpu_seconds"]} for name, row in rows.items()}
+    """Megabytes of the input, and tokens as MegaLite counts them, per CPU second."""
+    megabytes, tokens = source.stat().st_size / 1e6, max(row.get("tokens", 0) for row in rows.values())
+    rates = {"mb_per_cpu_second": megabytes, "million_tokens_per_cpu_second": tokens / 1e6}
+    return {
+        name: row | {key: amount / row["cpu_seconds"] for key, amount in rates.items()} for name, row in rows.items()
+    }
 
 
 def peak_anonymous(arguments: list[str], folder: Path) -> float:
