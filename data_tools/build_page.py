@@ -99,11 +99,12 @@ def _histogram(name: str, store: StoreReport) -> str:
     """Documents by length: a bar for each power of two."""
     if not store.lengths:
         return ""
-    lengths = [2**power for power in range(min(store.lengths).bit_length() - 1, max(store.lengths).bit_length())]
+    known = [int(length) for length in store.lengths]
+    lengths = [2**power for power in range(min(known).bit_length() - 1, max(known).bit_length())]
     most = max(store.lengths.values())
     bars = []
     for i, length in enumerate(lengths):
-        count = store.lengths.get(length, 0)
+        count = store.lengths.get(str(length), 0)
         height = round(_HEIGHT * count / most, 1)
         x = i * (_BAR + 8)
         bars.append(

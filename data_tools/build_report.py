@@ -1,6 +1,7 @@
 """What a build read, left out and wrote: as JSON for programs and as a page for people."""
 
 import bisect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ class StoreReport:
     unknown_tokens: int
     bytes: int
     bytes_per_token: float
-    lengths: dict[int, int]
+    lengths: dict[str, int]
 
 
 @dataclass
@@ -108,6 +109,14 @@ def make_report(
     )
 
 
+def read_report(output: Path) -> BuildReport:
+    """The report of a finished build."""
+    values = json.loads((output / REPORT).read_text(encoding="utf-8"))
+    stores = {name: StoreReport(**store) for name, store in values.pop("stores").items()}
+    duplicates = [DuplicateExample(**example) for example in values.pop("duplicates")]
+    return BuildReport(**values, stores=stores, duplicates=duplicates)
+
+
 class _Heads:
     """How documents begin, by number."""
 
@@ -133,5 +142,5 @@ def _store_report(store: WrittenStore, unknown_tokens: int) -> StoreReport:
         unknown_tokens=unknown_tokens,
         bytes=writer.num_bytes,
         bytes_per_token=round(writer.num_bytes / writer.num_tokens, 4),
-        lengths=dict(sorted(store.lengths.items())),
+        lengths={str(length): count for length, count in sorted(store.lengths.items())},
     )

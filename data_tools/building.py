@@ -36,7 +36,7 @@ from megalite.log import get_logger
 from megalite.tokenizer import Tokenizer, load_tokenizer
 
 from .build_page import build_page
-from .build_report import REPORT, REPORT_PAGE, BuildReport, make_report
+from .build_report import REPORT, REPORT_PAGE, BuildReport, make_report, read_report
 from .cleaning import build_cleaner
 from .decontamination import write_ngrams
 from .dedup import find_duplicates
@@ -62,25 +62,36 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     is at it. After an error nothing stands under the final name.
     """
     validate_data_build(config)
-    mark = REPORT if config.overwrite else None
-    output = Path(config.output)
-    refuse_existing(output, mark, OVERWRITE_HINT)
+    build_cleaner(config.clean)  # its options are checked before a worker starts
     if config.dedup.near:
         require_minhash()
-    build_cleaner(config.clean)  # its options are checked before a worker starts
+    mark = REPORT if config.overwrite else None
+    output = Path(config.output)
     tokenizer = load_tokenizer(config.tokenizer.path)
     files = find_files(config.input, config.reader.format)
     work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer)}")
     units = _units(config, files, work)
+    if _was_committed(work, output, units):
+        log.info("%s was finished already", output)
+        shutil.rmtree(work)
+        return read_report(output)
+    refuse_existing(output, mark, OVERWRITE_HINT)
     try:
         with _work_directory(work, units):
             report = _build(config, units, tokenizer, work)
+            (work / REPORT).touch()  # so that what comes after the next line is known for what it is
             commit_directory(work / "stores", output, mark)
     except OSError as error:
         raise ResourceError(f"writing {output} failed: {error}. Is the disk full, or the folder read-only?") from None
     except BrokenProcessPool:
         raise ResourceError("a worker process died, perhaps for want of memory: set a smaller workers=") from None
     return report
+
+
+def _was_committed(work: Path, output: Path, units: Sequence[Unit]) -> bool:
+    """Whether a build was killed when its stores had their final name, but its work directory was still there."""
+    done = work.is_dir() and all(read_done(unit.folder) for unit in units)
+    return done and (work / REPORT).exists() and (output / REPORT).is_file() and not (work / "stores").exists()
 
 
 @contextmanager

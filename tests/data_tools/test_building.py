@@ -2,12 +2,13 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -169,6 +170,30 @@ def test_a_file_that_changed_is_read_again(tmp_path, tokenizer_path, monkeypatch
     assert read == [sources[2]]
     build_store(replace(config, output=str(tmp_path / "whole")))
     assert stores_of(tmp_path / "out") == stores_of(tmp_path / "whole")
+
+
+def test_a_build_that_is_killed_after_its_end_was_finished(tmp_path, source, tokenizer_path, monkeypatch):
+    config = build_config([source], tmp_path / "out", tokenizer_path)
+
+    honest = shutil.rmtree
+
+    def killed(path, **options):
+        if ".work-" in Path(path).name:
+            raise KeyboardInterrupt
+        honest(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_store(config)
+    assert len(list(tmp_path.glob("out*"))) == 2
+    before = tree(tmp_path / "out")
+    report = build_store(config)
+    assert json.loads(before["build_report.json"]) == json.loads(json.dumps(asdict(report)))
+    assert tree(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+    with pytest.raises(DataError, match="exists already"):
+        build_store(config)
 
 
 def test_two_builds_of_one_output(tmp_path, source, tokenizer_path):
@@ -389,3 +414,45 @@ def wait_for(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
+
+
+SMALL_SEGMENTS = """
+import sys
+from megalite.config.schema_data import DataBuildConfig, DedupConfig, ReaderConfig, StoreTokenizerConfig
+from megalite.data_tools import building, units
+
+units.SEGMENT_BYTES = 50_000  # in the workers too, which import this file
+
+if __name__ == "__main__":
+    source, output, tokenizer, workers = sys.argv[1:]
+    building.build_store(DataBuildConfig(
+        input=(source,), output=output, workers=int(workers), tokenizer=StoreTokenizerConfig(path=tokenizer),
+        reader=ReaderConfig(), dedup=DedupConfig(exact=True, near=True, lines=True), validation_fraction=0.2,
+    ))
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_with_one_two_and_four_workers(tmp_path, tokenizer_path):
+    """Each attempt takes up what the one before it left; a finished build begins anew until there were twenty."""
+    many_files(tmp_path / "in", 40)
+    (tmp_path / "run.py").write_text(SMALL_SEGMENTS)
+    command = [sys.executable, tmp_path / "run.py", tmp_path / "in"]
+    subprocess.run([*command, tmp_path / "whole", tokenizer_path, "1"], check=True)
+    rng, kills = random.Random(8), 0
+    for attempt in itertools.count():
+        workers = (1, 2, 4)[attempt % 3]
+        builder = subprocess.Popen([*command, tmp_path / "out", tokenizer_path, str(workers)])
+        try:
+            # From the time that imports take on, a little later each time, so that it ends some day.
+            builder.wait(timeout=rng.uniform(1.0, 3.0) + 0.1 * max(0, kills - 20))
+            assert builder.returncode == 0
+        except subprocess.TimeoutExpired:
+            builder.send_signal(signal.SIGKILL)
+            builder.wait()
+            kills += 1
+            continue
+        assert stores_of(tmp_path / "out") == stores_of(tmp_path / "whole")
+        if kills >= 20:
+            break
+        shutil.rmtree(tmp_path / "out")
