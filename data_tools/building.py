@@ -71,9 +71,9 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     files = find_files(config.input, config.reader.format)
     work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer)}")
     units = _units(config, files, work)
-    if _was_committed(work, output, units):
+    if _was_committed(work, output):
         log.info("%s was finished already", output)
-        shutil.rmtree(work)
+        _remove(work)
         return read_report(output)
     refuse_existing(output, mark, OVERWRITE_HINT)
     try:
@@ -88,10 +88,20 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     return report
 
 
-def _was_committed(work: Path, output: Path, units: Sequence[Unit]) -> bool:
+def _was_committed(work: Path, output: Path) -> bool:
     """Whether a build was killed when its stores had their final name, but its work directory was still there."""
-    done = work.is_dir() and all(read_done(unit.folder) for unit in units)
-    return done and (work / REPORT).exists() and (output / REPORT).is_file() and not (work / "stores").exists()
+    return (work / REPORT).exists() and (output / REPORT).is_file() and not (work / "stores").exists()
+
+
+def _remove(work: Path) -> None:
+    """The mark of what was committed goes last: a kill in between leaves it."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != REPORT:
+            path.unlink()
+    (work / REPORT).unlink(missing_ok=True)
+    work.rmdir()
 
 
 @contextmanager
@@ -111,7 +121,7 @@ def _work_directory(work: Path, units: Sequence[Unit]) -> Iterator[None]:
             shutil.rmtree(work)
         raise
     else:
-        shutil.rmtree(work)
+        _remove(work)
     finally:
         lock.close()
 

@@ -175,15 +175,12 @@ def test_a_file_that_changed_is_read_again(tmp_path, tokenizer_path, monkeypatch
 def test_a_build_that_is_killed_after_its_end_was_finished(tmp_path, source, tokenizer_path, monkeypatch):
     config = build_config([source], tmp_path / "out", tokenizer_path)
 
-    honest = shutil.rmtree
-
-    def killed(path, **options):
-        if ".work-" in Path(path).name:
-            raise KeyboardInterrupt
-        honest(path, **options)
+    def killed(path):
+        shutil.rmtree(next(path.glob("unit_*")))
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(building.shutil, "rmtree", killed)
+        patch.setattr(building, "_remove", killed)
         with pytest.raises(KeyboardInterrupt):
             build_store(config)
     assert len(list(tmp_path.glob("out*"))) == 2
