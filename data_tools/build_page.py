@@ -29,7 +29,7 @@ def build_page(report: BuildReport) -> str:
         f"{report.files:,} files, {total:,} tokens in {len(report.stores):,} stores</div></header>",
         _table("Stores", ("store", "documents", "tokens", "bytes", "bytes per token", "unknown"), _stores(report)),
         _table("What was left out", ("stage", "documents in", "left out", "share"), _stages(report)),
-        _table("What cleaning did", ("step", "documents"), _counted(report.cleaning)),
+        _table("What cleaning did", ("step", "times"), _counted(report.cleaning)),
         _table("Rows that could not be read", ("reason", "rows"), _counted(report.skipped)),
         _table(
             "Some duplicates",

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import xxhash
@@ -40,16 +41,19 @@ from .build_report import REPORT, REPORT_PAGE, BuildReport, make_report, read_re
 from .cleaning import build_cleaner
 from .decontamination import write_ngrams
 from .dedup import find_duplicates
+from .formats import WHOLE
 from .line_dedup import mark_repeats
 from .merging import WrittenStore, write_stores
 from .minhash import require_minhash
 from .readers import default_source, find_files, spans_of
 from .segments import Counts, finished_heads, open_segments, read_done
-from .units import SEGMENT_BYTES, Unit, Worker
+from .units import SEGMENT_BYTES, Part, Unit, Worker
 
 log = get_logger(__name__)
 
 _LOG_SECONDS = 30
+_TOGETHER_BYTES, _TOGETHER_FILES = 1 << 23, 256  # small files that make one unit
+_LIBRARIES = ("ftfy", "selectolax", "py3langid", "trafilatura", "rensa")  # whose versions may change what is kept
 # What the bytes of a build do not depend on, or where they go.
 _NOT_IN_DIGEST = ("workers", "overwrite", "output")
 
@@ -131,7 +135,13 @@ def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer,
     leaks = work / "ngrams" if config.decontaminate.input else None
     if leaks:
         looked_for = write_ngrams(leaks, config.decontaminate, config.reader)
-        log.info("%d n-grams of %d evaluation texts are looked for", looked_for.ngrams, looked_for.texts)
+        if looked_for.too_short:
+            log.warning(
+                "%d of %d evaluation texts have fewer than decontaminate.ngram=%d words: they cannot be found",
+                looked_for.too_short,
+                looked_for.texts,
+                config.decontaminate.ngram,
+            )
     if config.dedup.lines:
         _run_units(Worker.hash_lines, units, config, leaks)
         mark_repeats([unit.folder for unit in units])
@@ -155,29 +165,49 @@ def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer,
 
 
 def _digest(config: DataBuildConfig, tokenizer: Tokenizer) -> str:
-    """Of all that segments depend on beside their own files."""
+    """Of all that segments depend on beside their own files: settings, files that they name, libraries."""
     values = dataclasses.asdict(config)
     for name in _NOT_IN_DIGEST:
         values.pop(name)
-    evaluations = find_files(config.decontaminate.input, "auto") if config.decontaminate.input else []
-    identities = [_identity(path) for path in evaluations]
-    text = json.dumps([megalite.__version__, tokenizer.digest, values, identities], sort_keys=True)
-    return xxhash.xxh3_64_hexdigest(text.encode())
+    named = [Path(str(value)) for step in config.clean for key, value in step.options.items() if key.endswith("_file")]
+    if config.decontaminate.input:
+        named += find_files(config.decontaminate.input, "auto")
+    libraries = {name: _version_of(name) for name in _LIBRARIES}
+    parts = [megalite.__version__, libraries, tokenizer.digest, values, [_identity(path) for path in named]]
+    return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def _version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _units(config: DataBuildConfig, files: Sequence[Path], work: Path) -> list[Unit]:
-    """In order; a unit's folder is named by what its file is, so that a changed one is read again."""
+    """In order; a unit's folder is named by what its files are, so that a changed one is read again."""
     source = default_source(config.input, files, config.reader)
-    units = []
+    groups: list[list[Part]] = []
+    together = 0  # bytes of the last group
     for path in files:
+        _, size, changed = _identity(path)
         for span in spans_of(path, config.reader):
-            identity = json.dumps([*_identity(path), *dataclasses.astuple(span), source])
-            units.append(Unit(path, span, source, work / f"unit_{xxhash.xxh3_64_hexdigest(identity.encode())}"))
+            # Files of a few kB each would cost more in folders than in reading.
+            fits = span == WHOLE and groups and together + size <= _TOGETHER_BYTES and len(groups[-1]) < _TOGETHER_FILES
+            if not fits:
+                groups.append([])
+                together = 0
+            together += size
+            groups[-1].append(Part(path, span, size, changed))
+    units = []
+    for parts in groups:
+        identity = json.dumps([source, *([str(part.path), *dataclasses.astuple(part)[1:]] for part in parts)])
+        units.append(Unit(tuple(parts), source, work / f"unit_{xxhash.xxh3_64_hexdigest(identity.encode())}"))
     return units
 
 
 def _num_files(units: Sequence[Unit]) -> int:
-    return len({unit.path for unit in units})
+    return len({part.path for unit in units for part in unit.parts})
 
 
 def _num_bytes(unit: Unit) -> int:
@@ -185,9 +215,9 @@ def _num_bytes(unit: Unit) -> int:
     return sum(path.stat().st_size for path in unit.folder.iterdir())
 
 
-def _identity(path: Path) -> list[str | int]:
+def _identity(path: Path) -> tuple[str, int, int]:
     status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def _run_units(
@@ -225,7 +255,7 @@ def _gather_counts(units: Sequence[Unit]) -> Counts:
     counts = Counts()
     for unit in units:
         done = read_done(unit.folder)
-        assert done is not None, f"{unit.path} was not finished"
+        assert done is not None, f"{unit.parts[0].path} was not finished"
         for head in finished_heads(unit.folder):
             counts.add(head.counts)
         counts.add(done[0])

@@ -21,9 +21,10 @@ from .minhash import BANDS
 from .segments import Segment
 from .shingles import I64, U64
 
-_RECORDS = 1 << 20  # keys, or candidate pairs, in memory at a time
+_RECORDS = 1 << 20  # keys in memory at a time
+_PART = 1 << 14  # documents whose candidates are in one file: up to 168 pairs each
 _NEIGHBOURS = 8  # earlier documents with the same key that a document is compared with
-_EXAMPLES = 10
+_EXAMPLES = 5  # of each kind
 _PAIR = np.dtype([("later", "<i8"), ("earlier", "<i8")])
 
 
@@ -36,9 +37,9 @@ class DedupReport:
     pairs: int = 0
     examples: list[tuple[int, int, float]] = field(default_factory=list)
 
-    def note(self, kept: int, dropped: int, similarity: float) -> None:
-        """Add an example, while there is room."""
-        if len(self.examples) < _EXAMPLES:
+    def note(self, kept: int, dropped: int, similarity: float, most: int) -> None:
+        """Add an example, unless there are `most`."""
+        if len(self.examples) < most:
             self.examples.append((kept, dropped, similarity))
 
 
@@ -79,7 +80,7 @@ def _drop_exact(segments: Sequence[Segment], total: int, dropped: NDArray[np.boo
         dropped[numbers[order[later]]] = True
         report.exact += len(later)
         for i in later[:_EXAMPLES]:
-            report.note(int(numbers[order[firsts[i]]]), int(numbers[order[i]]), 1.0)
+            report.note(int(numbers[order[firsts[i]]]), int(numbers[order[i]]), 1.0, _EXAMPLES)
 
 
 def _write_candidates(segments: Sequence[Segment], total: int, dropped: NDArray[np.bool_], scratch: Path) -> None:
@@ -111,7 +112,7 @@ def _append_pairs(keys: U64, numbers: I64, scratch: Path) -> None:
         fits = positions - lag > firsts
         found.append(np.stack([numbers[fits], numbers[positions[fits] - lag]]))
     later, earlier = np.concatenate(found, axis=1)
-    parts = later // _RECORDS
+    parts = later // _PART
     for part in np.unique(parts).tolist():
         pairs = np.empty(int(np.count_nonzero(parts == part)), _PAIR)
         pairs["later"], pairs["earlier"] = later[parts == part], earlier[parts == part]
@@ -124,11 +125,11 @@ def _drop_near(
 ) -> None:
     kept_for = np.memmap(scratch / "kept_for", np.int64, "w+", shape=dropped.shape)  # of those left out
     sets = _Sets(segments)
-    for part in range(-(-len(dropped) // _RECORDS)):
+    for part in range(-(-len(dropped) // _PART)):
         if not _pairs_file(scratch, part).exists():
             continue
         pairs = np.unique(np.fromfile(_pairs_file(scratch, part), _PAIR))
-        for later, earlier in pairs.tolist():
+        for later, earlier in ((int(pair["later"]), int(pair["earlier"])) for pair in pairs):
             if dropped[later]:
                 continue
             kept = int(kept_for[earlier]) if dropped[earlier] else earlier
@@ -137,7 +138,7 @@ def _drop_near(
             if similarity >= threshold:
                 dropped[later], kept_for[later] = True, kept
                 report.near += 1
-                report.note(kept, later, similarity)
+                report.note(kept, later, similarity, 2 * _EXAMPLES)
 
 
 class _Sets:

@@ -134,8 +134,8 @@ def _files_below(folder: Path) -> list[Path]:
     known = [p for p in visible if format_of(p)]
     if not known:
         raise DataError(f"the folder {folder} holds no file that ends in {_endings()}")
-    if len(known) < len(visible):
-        log.info("%s: %d files with other endings are not read", folder, len(visible) - len(known))
+    if left_out := len(paths) - len(known):
+        log.warning("%s: %d files are not read: other endings, or names that begin with . or _", folder, left_out)
     return known
 
 

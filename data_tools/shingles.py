@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
+_PIECE = 1 << 20  # characters of a document at a time
 _NO_WORD, _LETTER, _WORD = 0, 1, 2  # what a character is: between words, part of one, one by itself
 _ALONE = (  # blocks whose scripts write no spaces
     (0x0E00, 0x0E7F, "Thai"), (0x0E80, 0x0EFF, "Lao"), (0x1000, 0x109F, "Myanmar"), (0x1780, 0x17FF, "Khmer"),
@@ -33,8 +34,19 @@ I64 = NDArray[np.int64]
 def shingle_hashes(texts: Sequence[str], n: int) -> tuple[U64, I64]:
     """Hashes of the word n-grams of `texts`, document after document [shingles], and where each begins [texts + 1].
 
-    An n-gram that a document repeats stands there as often. A document without words has none.
+    An n-gram that a document repeats stands there as often. A document without words has none. A long document is taken
+    in pieces, so that memory is bounded; the few n-grams across their seams are left out.
     """
+    pieces = [[text[i : i + _PIECE] for i in range(0, max(len(text), 1), _PIECE)] for text in texts]
+    if len(pieces) == sum(map(len, pieces)):
+        return _batch_hashes(texts, n)
+    found = [[_batch_hashes([piece], n)[0] for piece in document] for document in pieces]
+    counts = [sum(map(len, document)) for document in found]
+    hashes = np.concatenate([np.empty(0, np.uint64), *(part for document in found for part in document)])
+    return hashes, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _batch_hashes(texts: Sequence[str], n: int) -> tuple[U64, I64]:
     words, starts = word_hashes(texts)
     counts = np.diff(starts)
     grams = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))

@@ -38,15 +38,23 @@ MAX_SOURCES = 64  # each store of a build holds files open
 SEGMENT_BYTES = 1 << 26  # of text in a segment: a worker's memory, and what a killed build does again
 _CHUNK_BYTES = 1 << 19  # of text worked on at a time
 _CHUNK_DOCUMENTS = 1024
-_LONGEST = 1 << 22  # characters of a document that near deduplication looks at: memory is bounded
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file or a span of it; `size` and `changed` (nanoseconds) as it was when the build began."""
+
+    path: Path
+    span: Span
+    size: int
+    changed: int
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of the input that one worker reads from beginning to end. `folder`: where its segments go."""
+    """What one worker reads from beginning to end: a part, or some small ones. `folder`: where its segments go."""
 
-    path: Path
-    span: Span
+    parts: tuple[Part, ...]
     source: str  # of documents without a column for it
     folder: Path
 
@@ -70,7 +78,7 @@ class Worker:
         unit.folder.mkdir(exist_ok=True)
         finished = finished_heads(unit.folder)
         report = ReadReport(quiet=True)
-        documents = iter_file_documents(unit.path, self.config.reader, unit.source, report, unit.span)
+        documents = self._documents(unit, report)
         for _ in islice(documents, finished[-1].read if finished else 0):
             pass  # in a finished segment
         skipped = report.skipped.copy() if finished else Counter[str]()
@@ -90,9 +98,7 @@ class Worker:
 
     def hash_lines(self, unit: Unit) -> None:
         """Write the hashes of the lines of `unit`. Raises `DataError` for bad input."""
-        reader = self.config.reader
-        documents = iter_file_documents(unit.path, reader, unit.source, ReadReport(quiet=True), unit.span)
-        cleaned = (self.clean(document, Counter()) for document in documents)
+        cleaned = (self.clean(document, Counter()) for document in self._documents(unit, ReadReport(quiet=True)))
         texts = (text for text in cleaned if text is not None)
         write_lines(unit.folder, texts, self.config.dedup.min_line_characters)
 
@@ -101,6 +107,16 @@ class Worker:
         if self.cleaner is None:
             return document.text
         return self.cleaner.clean(document.text, document.language, counts)
+
+    def _documents(self, unit: Unit, report: ReadReport) -> Iterator[Document]:
+        """Raises `DataError` for a file that is not the one with which the build began."""
+        for part in unit.parts:
+            status = part.path.stat()
+            if (status.st_size, status.st_mtime_ns) != (part.size, part.changed):
+                raise DataError(
+                    f"{part.path} changed since the build began: give the same command again, it is read anew"
+                )
+            yield from iter_file_documents(part.path, self.config.reader, unit.source, report, part.span)
 
     def store_of(self, document: Document) -> str:
         """The store that a document goes to, as a path below the output. `split`: told by a column, or by a hash.
@@ -217,7 +233,7 @@ class _SegmentBuilder:
 
     def _add_signatures(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Add the bands of some documents; returns their sets of n-grams."""
-        hashes, offsets = shingle_hashes([text[:_LONGEST] for text in texts], self._worker.config.dedup.ngram)
+        hashes, offsets = shingle_hashes(texts, self._worker.config.dedup.ngram)
         self._bands.append(band_keys(hashes, offsets))
         short = (hashes >> np.uint64(32)).astype(np.uint32)  # 32 bits tell the n-grams of two documents apart
         return [_set_of(short[start:end]) for start, end in pairwise(offsets.tolist())]

@@ -31,6 +31,9 @@ def build(argv: Sequence[str]) -> int:
     console.print(table)
     for stage, before, after in report.stages:
         console.print(f"{stage}: {before - after:,} of {before:,} documents left out", highlight=False)
+    drops = {name: count for name, count in report.cleaning.items() if "dropped" in name}
+    for name, count in sorted(drops.items(), key=lambda item: -item[1])[:5]:
+        console.print(f"  {name}: {count:,}", highlight=False, markup=False)
     skipped = ", ".join(f"{count:,} x {reason}" for reason, count in report.skipped.items()) or "nothing"
     console.print(
         f"{report.documents_read:,} documents from {report.files:,} files; skipped: {skipped}\n"

@@ -75,7 +75,7 @@ def test_an_engine_that_is_wrong_from_the_start_is_not_used(byte_level, monkeypa
 def test_an_engine_that_turns_out_wrong_stops_the_build(byte_level, monkeypatch):
     encoder = Encoder(byte_level)
     monkeypatch.setattr(type(byte_level), "encode", lambda self, text: [1])
-    with pytest.raises(DataError, match=r"disagree on a text that begins with 'b'.* tokenizer\.engine=reference"):
+    with pytest.raises(DataError, match=r"disagree on a text of 1 characters .* tokenizer\.engine=reference"):
         encoder.encode(["a", "b"])
 
 

@@ -119,9 +119,31 @@ def _tags(*names: str) -> re.Pattern[str]:
 
 _PAGE_TAG = _tags(*_PARAGRAPHS, *_LINES, *_NOT_TEXT, *_PAGE_PARTS)
 _INLINE_TAG = _tags(*_INLINE)
-_ANY_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
+# What makes a text a page: a document's own tags, or blocks that are closed, on a good part of its lines.
+_DOCUMENT_TAG = re.compile(r"<(?:!doctype\s+html|html|head|body)\b[^<>]*>", re.IGNORECASE)
+_BLOCK = "|".join((*_PARAGRAPHS, *_LINES, "td", "th", "tbody", "thead", "tfoot"))
+_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK}|br)(?:[\s/][^<>]*)?>", re.IGNORECASE)
+_CLOSED_BLOCK = re.compile(rf"</(?:{_BLOCK})\s*>|<(?:br|hr)\s*/?>|<p>", re.IGNORECASE)
+_LINES_TO_A_TAG = 3
+_ATTRIBUTES = r"""(?:\s+[A-Za-z_:@][\w:.@-]*(?:\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+))?)*\s*"""
+_KNOWN_TAG = re.compile(
+    rf"<(/?)({'|'.join((*_INLINE, *_NOT_TEXT))}|{_BLOCK})({_ATTRIBUTES})/?>", re.IGNORECASE
+)  # fmt: skip
+_VOID = {"br": "\n", "hr": "\n", "img": "", "input": "", "wbr": ""}
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_ANY_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)([^<>]*)>")
+_RAW = re.compile(r"<(script|style|svg)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 _NEVER_OPEN = frozenset(
     (
+        "dd",
+        "dt",
+        "optgroup",
+        "rp",
+        "rt",
+        "tbody",
+        "tfoot",
+        "th",
+        "thead",
         "area",
         "base",
         "br",
@@ -149,12 +171,14 @@ _MAX_DEPTH = 2_000  # browsers stop at 512; the parser's time grows with the squ
 
 @dataclass(frozen=True, kw_only=True)
 class Html:
-    """Takes the text out of documents that hold HTML; others keep theirs, entities (&amp;) decoded.
+    """Takes the text out of documents that are HTML; others keep theirs, without the tags that stand in pairs.
 
-    Markup, comments, scripts and styles go. An inline tag never parts a word (`wo<b>rd</b>`), a block always does: by
-    one newline, or a blank line around paragraphs, headings, lists and tables; cells are parted by a tab. A document is
-    a page when it holds a tag of a block, and its own line breaks then mean no more than blanks; where only inline tags
-    stand in plain text, its lines stay. Unknown tags alone (`List<String>`) make no HTML.
+    Markup, comments, scripts and styles of a page go. An inline tag never parts a word (`wo<b>rd</b>`), a block always
+    does: by one newline, or a blank line around paragraphs, headings, lists and tables; cells are parted by a tab. A
+    document is a page when it has <html>, <head> or <body>, or closed blocks on a third of its lines; its own line
+    breaks then mean no more than blanks. Other texts, Markdown and source code among them, keep their lines, and what
+    only looks like a tag (`a<b && c>d`, `List<String>`); comments, and known tags that are opened and closed, go.
+    Entities (&amp;) are decoded in both.
 
     `extractor: trafilatura` (Barbaresi 2021) keeps the main content of a page, without menus and footers.
     """
@@ -168,15 +192,57 @@ class Html:
 
     def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
         """The text without markup."""
-        if "<" in text and _PAGE_TAG.search(text):
-            if self.extractor == "trafilatura":
-                return _main_content(text)
-        elif "<" not in text or not _INLINE_TAG.search(text):
-            return html.unescape(text) if "&" in text and _ENTITY.search(text) else text
+        if "<" not in text:
+            return _decoded(text)
+        if not is_page(text):
+            return _decoded(_without_pairs(text))
+        if self.extractor == "trafilatura":
+            return _main_content(text)
         try:
             return html_to_text(text)
         except ValueError as error:
             return Dropped(str(error))
+
+
+def is_page(text: str) -> bool:
+    """Whether a text is HTML, not one with a tag in it; see `Html`."""
+    if _DOCUMENT_TAG.search(text):
+        return True
+    if not _CLOSED_BLOCK.search(text):
+        return False
+    lines = sum(1 for line in text.split("\n") if line.strip())
+    return _LINES_TO_A_TAG * len(_BLOCK_TAG.findall(text)) >= lines
+
+
+def _decoded(text: str) -> str:
+    """Entities that end as they should: `&region=` is none."""
+    return _ENTITY.sub(lambda match: html.unescape(match[0]), text) if "&" in text else text
+
+
+def _without_pairs(text: str) -> str:
+    """A text without comments, and without the known tags that are opened and closed."""
+    if (end := text.rfind("-->")) >= 0:
+        text = _COMMENT.sub("", text[: end + 3]) + text[end + 3 :]
+    opened: dict[str, list[re.Match[str]]] = {}
+    cuts: list[tuple[int, int, str]] = []
+    for tag in _KNOWN_TAG.finditer(text):
+        name = tag[2].lower()
+        if name in _VOID:
+            cuts.append((tag.start(), tag.end(), _VOID[name]))
+        elif not tag[1]:
+            opened.setdefault(name, []).append(tag)
+        elif opened.get(name):
+            first = opened[name].pop()
+            if name in _NOT_TEXT:
+                cuts.append((first.start(), tag.end(), ""))
+            else:
+                cuts += [(first.start(), first.end(), ""), (tag.start(), tag.end(), "")]
+    kept, place = [], 0
+    for start, stop, instead in sorted(cuts):
+        if start >= place:
+            kept += [text[place:start], instead]
+        place = max(place, stop)
+    return "".join([*kept, text[place:]])
 
 
 def html_to_text(source: str) -> str:
@@ -211,8 +277,9 @@ def html_to_text(source: str) -> str:
         kept = node.text(separator="").translate({10: _BREAK, 32: _SPACE, 9: _TAB})
         node.replace_with(kept)
     text = _CELL_END.sub("\t", _WHITE.sub(" ", body.text(separator="").replace("\xa0", " ")))
-    lines = _LINE_END.sub(_newlines, text).replace(_SPACE, " ").replace(_TAB, "\t").split("\n")
-    return "\n".join([line.strip("\t\r\f") if line[:1] != " " else line.rstrip() for line in lines]).strip()
+    # Blanks of the layout go before those of <pre> come back.
+    lines = [line.strip(" \t\r\f") for line in _LINE_END.sub(_newlines, text).split("\n")]
+    return "\n".join(line.replace(_SPACE, " ").replace(_TAB, "\t").rstrip() for line in lines).strip("\n")
 
 
 def _newlines(match: re.Match[str]) -> str:
@@ -222,8 +289,8 @@ def _newlines(match: re.Match[str]) -> str:
 def _depth(source: str) -> int:
     """How deep elements stand in each other at most; those that are closed silently count as closed."""
     depth = deepest = 0
-    for end, name in _ANY_TAG.findall(source):
-        if name.lower() not in _NEVER_OPEN:
+    for end, name, rest in _ANY_TAG.findall(_RAW.sub("", source)):
+        if name.lower() not in _NEVER_OPEN and not rest.endswith("/"):
             depth = max(0, depth - 1) if end else depth + 1
             deepest = max(deepest, depth)
     return deepest

@@ -83,7 +83,10 @@ def _num_keys(source: bytes | str, name: str) -> int:
     def note(pairs: list[tuple[str, Any]]) -> None:
         keys[:] = [key for key, _ in pairs]  # the outermost object comes last
 
-    json.loads(source, object_pairs_hook=note)
+    try:
+        json.loads(source, object_pairs_hook=note)
+    except (ValueError, RecursionError):  # orjson reads deeper, and longer numbers: it has said that the row is fine
+        return 1
     return keys.count(name)
 
 
@@ -136,6 +139,8 @@ class _Items:
                 if not is_cut or not self._read():
                     raise BadFileError("broken JSON", error.msg) from None
                 continue
+            except ValueError as error:  # a whole number of more digits than Python reads
+                raise BadFileError("broken JSON", str(error)) from None
             # A number may go on behind the end of the window, and what is read of 1e+5 may be 1e+.
             is_whole = isinstance(item, dict | list | str) or end < size - 2
             if is_whole or not self._read():

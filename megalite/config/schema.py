@@ -172,7 +172,7 @@ class WeightsConfig:
     """Other weights for the stores of data.train from a step on; their draws go on where they stand."""
 
     step: int  # it begins with the sample step * trainer.global_batch_size
-    weights: tuple[float, ...]  # one for each store, in their order; 0 leaves one out
+    weights: tuple[float, ...]  # one for each store, in their order; 0 leaves it out, give or take the sample at `step`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class ReaderConfig:
     split_column: str | None = None  # says train or validation; None: split by `validation_fraction`
     source: str | None = None  # None: the first input's name without endings
     on_bad: Literal["skip", "stop"] = "stop"  # invalid UTF-8, missing text, broken line; skip: count and log
-    max_document_bytes: int = 268_435_456  # a longer document is a bad one; it bounds what one may take of memory
+    max_document_bytes: int = 33_554_432  # a longer document is a bad one; it bounds what one may take of memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -208,7 +208,7 @@ class TokenStore:
             if found != record.digest:
                 raise DataError(
                     f"{self.path / record.file} is damaged: expected digest {record.digest}, found {found}; "
-                    "build the store again"
+                    "build the store again, or save what is whole with `megalite data repair`"
                 )
         self._verify_content()
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megalite.config.schema_data import EncoderEngine
@@ -81,8 +82,8 @@ class Encoder:
     def _check(self, text: str) -> None:
         if _encode_batch(self._fast, [text])[0].tolist() != self._tokenizer.encode(text):
             raise DataError(
-                f"gigatoken and the reference library disagree on a text that begins with {text[:40]!r}: set "
-                "tokenizer.engine=reference"
+                f"gigatoken and the reference library disagree on a text of {len(text)} characters (xxh3_64 "
+                f"{xxhash.xxh3_64_hexdigest(text.encode())}): set tokenizer.engine=reference"
             )
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megalite.config.schema_data import DedupConfig, ReaderConfig
+from megalite.config.schema_data import CleanStepConfig, DedupConfig, ReaderConfig
 from megalite.data.format import TokenStore
 from megalite.data_tools import building, units
 from megalite.data_tools.building import build_store
@@ -108,7 +108,8 @@ def stores_of(output: Path) -> dict[str, bytes]:
 BOTH = DedupConfig(exact=True, near=True)
 
 
-def test_the_same_bytes_for_any_number_of_workers(tmp_path, tokenizer_path):
+def test_the_same_bytes_for_any_number_of_workers(tmp_path, tokenizer_path, monkeypatch):
+    monkeypatch.setattr(building, "_TOGETHER_FILES", 2)
     sources = many_files(tmp_path / "in")
     trees = []
     for workers in (1, 3):
@@ -153,6 +154,7 @@ def fork_build(config, deadly: int) -> int:
 
 def test_a_file_that_changed_is_read_again(tmp_path, tokenizer_path, monkeypatch):
     monkeypatch.setattr(building, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(building, "_TOGETHER_FILES", 1)
     sources = many_files(tmp_path / "in", 3)
     config = build_config(sources, tmp_path / "out", tokenizer_path)
     good = sources[2].read_text()
@@ -191,6 +193,46 @@ def test_a_build_that_is_killed_after_its_end_was_finished(tmp_path, source, tok
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
     with pytest.raises(DataError, match="exists already"):
         build_store(config)
+
+
+def test_a_file_that_changes_while_others_are_read(tmp_path, tokenizer_path, monkeypatch):
+    """Files and spans are read one after the other: none may come from another version than the planned one."""
+    first, second = many_files(tmp_path / "in", 2)
+    honest = units.iter_file_documents
+
+    def change(path, *rest):
+        yield from honest(path, *rest)
+        if path == first:
+            second.write_text(second.read_text() + "\n")
+
+    monkeypatch.setattr(units, "iter_file_documents", change)
+    with pytest.raises(DataError, match=r"1\.jsonl changed since the build began"):
+        build_store(build_config([first, second], tmp_path / "out", tokenizer_path))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_in_a_list_that_a_step_names_is_part_of_the_build(tmp_path, source, tokenizer_path):
+    (tmp_path / "list").write_text("spam.example\n")
+    step = CleanStepConfig(step="urls", options={"domains_file": str(tmp_path / "list")})
+    config = build_config([source], tmp_path / "out", tokenizer_path, clean=(step,))
+    tokenizer = load_tokenizer(tokenizer_path)
+    before = building._digest(config, tokenizer)
+    assert building._digest(config, tokenizer) == before
+    (tmp_path / "list").write_text("spam.example\nother.example\n")
+    assert building._digest(config, tokenizer) != before
+
+
+def test_small_files_are_read_together(tmp_path, tokenizer_path, monkeypatch):
+    sources = many_files(tmp_path / "in", 7)
+    whole = build_config(sources, tmp_path / "one", tokenizer_path)
+    report = build_store(whole)
+    assert report.files == 7
+    monkeypatch.setattr(building, "_TOGETHER_FILES", 3)
+    assert [len(unit.parts) for unit in building._units(whole, sources, tmp_path)] == [3, 3, 1]
+    monkeypatch.setattr(building, "_TOGETHER_BYTES", sources[0].stat().st_size + 1)
+    assert {len(unit.parts) for unit in building._units(whole, sources, tmp_path)} == {1}
+    build_store(replace(whole, output=str(tmp_path / "many")))
+    assert stores_of(tmp_path / "one") == stores_of(tmp_path / "many")
 
 
 def test_two_builds_of_one_output(tmp_path, source, tokenizer_path):
@@ -397,7 +439,7 @@ def endless(path, config, source, report, span):
         yield Document("night " * 1000, 6000, str(report.documents), "in", "", "train")
 
 # In the workers too, which import this file.
-units.iter_file_documents, units.SEGMENT_BYTES = endless, 100_000
+units.iter_file_documents, units.SEGMENT_BYTES, building._TOGETHER_FILES = endless, 100_000, 1
 
 if __name__ == "__main__":
     tokenizer = StoreTokenizerConfig(path=sys.argv[3])
@@ -418,7 +460,7 @@ import sys
 from megalite.config.schema_data import DataBuildConfig, DedupConfig, ReaderConfig, StoreTokenizerConfig
 from megalite.data_tools import building, units
 
-units.SEGMENT_BYTES = 50_000  # in the workers too, which import this file
+units.SEGMENT_BYTES, building._TOGETHER_FILES = 50_000, 3  # in the workers too, which import this file
 
 if __name__ == "__main__":
     source, output, tokenizer, workers = sys.argv[1:]

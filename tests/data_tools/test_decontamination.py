@@ -68,6 +68,12 @@ def test_how_much_must_overlap(tmp_path, tokenizer, least, left):
     assert len(kept) == 1 + left
 
 
+def test_some_evaluation_texts_are_too_short(tmp_path, tokenizer, caplog):
+    rng = random.Random(4)
+    build(tmp_path, tokenizer, [sentence(rng, 20)], [{"text": sentence(rng, 20)}, {"text": "What is it?"}])
+    assert "1 of 2 evaluation texts have fewer than decontaminate.ngram=8 words" in caplog.text
+
+
 def test_evaluation_texts_that_are_too_short(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match=r"none of 1 texts has 8 words; set a smaller decontaminate\.ngram"):
         build(tmp_path, tokenizer, ["a b c"], [{"text": "a b c"}])

@@ -8,7 +8,7 @@ import pytest
 
 from megalite.config.schema_data import DedupConfig
 from megalite.data.format import TokenStore
-from megalite.data_tools import dedup, units
+from megalite.data_tools import dedup, shingles, units
 from megalite.data_tools.building import build_store
 from megalite.data_tools.inspection import inspect_documents
 from megalite.errors import ConfigError
@@ -134,6 +134,28 @@ def test_the_length_of_ngrams(tmp_path, tokenizer, ngram):
     documents = [spelled(words), spelled(words[::-1])]
     kept, _ = build(tmp_path, tokenizer, documents, near=True, ngram=ngram)
     assert len(kept) == ngram // 5 + 1
+
+
+def test_long_documents_are_compared_whole(tmp_path, tokenizer, monkeypatch):
+    """The same beginning is not the same document."""
+    monkeypatch.setattr(shingles, "_PIECE", 200)
+    rng = random.Random(7)
+    start = fresh(rng, 150)
+    documents = [spelled(start + fresh(rng, 600)), spelled(start + fresh(rng, 600))]
+    long = spelled(fresh(rng, 900))
+    kept, _ = build(tmp_path, tokenizer, [*documents, long, long + " and more"], near=True)
+    assert kept == {*documents, long}
+
+
+def test_near_duplicates_have_examples_beside_exact_ones(tmp_path, tokenizer):
+    rng = random.Random(8)
+    documents = [spelled(fresh(rng, 60)) for _ in range(20)]
+    changed = [f"{text} {spelled(fresh(rng, 2))}" for text in documents]
+    _, report = build(tmp_path, tokenizer, [*documents, *documents, *changed], exact=True, near=True)
+    assert report.dropped == {"exact": 20, "near": 20}
+    similarities = [example.similarity for example in report.duplicates]
+    assert similarities.count(1.0) == 5
+    assert len([value for value in similarities if value < 1]) == 5
 
 
 def test_documents_without_words_are_not_alike(tmp_path, tokenizer):

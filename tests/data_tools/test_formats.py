@@ -96,6 +96,24 @@ def test_bad_json(tmp_path, text, reason, kept):
     assert sum(report.skipped.values()) == 1
 
 
+def test_rows_that_one_json_reader_takes_and_the_other_does_not(tmp_path):
+    """orjson reads deeper nesting than Python, and both have a longest number."""
+    deep = '{"text": "deep", "m": ' + "[" * 1015 + "]" * 1015 + ', "a": {"text": 1}}'
+    (tmp_path / "x.jsonl").write_text(f'{deep}\n{{"text": "b", "n": {"9" * 5000}}}\n{{"text": "c"}}\n')
+    documents, report = read([tmp_path / "x.jsonl"], SKIP)
+    assert [document.text for document in documents] in (["deep", "b", "c"], ["deep", "c"])
+    assert report.skipped.total() == 3 - len(documents)
+
+
+def test_a_number_of_too_many_digits_ends_a_json_file(tmp_path):
+    (tmp_path / "x.json").write_text(f'[{{"text": "a"}}, {{"text": "b", "n": {"9" * 5000}}}]')
+    with pytest.raises(DataError, match="broken JSON"):
+        read([tmp_path / "x.json"], STOP)
+    documents, report = read([tmp_path / "x.json"], SKIP)
+    assert [document.text for document in documents] == ["a"]
+    assert report.skipped == {"broken JSON": 1}
+
+
 def test_a_number_at_the_edge_of_what_was_read_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(json_rows, "_READ_AT_ONCE", 1)
     (tmp_path / "x.json").write_text(f"[1234567, {GOOD}, -12.5e+7, 1.25E-10]")

@@ -6,7 +6,7 @@ import pytest
 
 from megalite.config.schema_data import CleanStepConfig, DedupConfig
 from megalite.data.format import TokenStore
-from megalite.data_tools import line_dedup, units
+from megalite.data_tools import building, line_dedup, units
 from megalite.data_tools.building import build_store
 from megalite.data_tools.inspection import inspect_documents
 from megalite.errors import ConfigError
@@ -91,6 +91,7 @@ def test_workers_and_kills_change_nothing(tmp_path, tokenizer, monkeypatch):
     assert stores_of(tmp_path / "out") == whole
     (tmp_path / "out").rename(tmp_path / "killed")
     monkeypatch.undo()
+    monkeypatch.setattr(building, "_TOGETHER_FILES", 1)
     build_store(config_of(tmp_path, tokenizer, corpus(1), workers=2))
     assert stores_of(tmp_path / "out") == whole
 

@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from megalite.data_tools import shingles
 from megalite.data_tools.shingles import shingle_hashes, word_hashes
 from tests.data_tools.corpora import TRICKY, texts
 
@@ -58,6 +59,18 @@ def test_ngrams(n):
         for gram, value in zip(grams, hashes[start:end].tolist(), strict=True):
             assert known.setdefault(gram, value) == value
     assert len(set(known.values())) == len(known)
+
+
+def test_long_documents_are_taken_in_pieces(monkeypatch):
+    docs = ["a b c d e f g h", "", "one two", "x y z u v w"]
+    whole, starts = shingle_hashes(docs, 2)
+    monkeypatch.setattr(shingles, "_PIECE", 8)  # four words of a letter each
+    pieces, cut = shingle_hashes(docs, 2)
+    assert len(cut) == len(starts)
+    for number in range(len(docs)):
+        mine = set(pieces[cut[number] : cut[number + 1]].tolist())
+        assert mine <= set(whole[starts[number] : starts[number + 1]].tolist())
+        assert len(mine) >= starts[number + 1] - starts[number] - 1
 
 
 def test_a_batch_is_its_documents():

@@ -42,12 +42,36 @@ def test_pages(page, text):
         ("first line\nsecond wo<b>rd</b>\n\nthird", "first line\nsecond word\n\nthird"),
         ("first line\nsecond<br>line", "first line second\nline"),
         ("x<!-- y -->z", "xz"),
+        ("if (a<b && c>d) new Foo<a>();\n#include <map>\nif a <b and c> d", None),
+        (
+            "# Title\n\n<!-- toc -->\n\n```\nList<String> x;\n```\n\n<p align='center'>hi</p>\n\n- one\n- two",
+            "# Title\n\n\n\n```\nList<String> x;\n```\n\nhi\n\n- one\n- two",
+        ),
+        ("a &amp; ?x=1&region=us&section=3&copy=2", "a & ?x=1&region=us&section=3&copy=2"),
+        ("one\ntwo\n<script>var a = '<div>';</script>\nthree\nfour", "one\ntwo\n\nthree\nfour"),
+        ("say <b>it <i>twice</b> now</i> </b> <!-- never closed", "say it twice now </b> <!-- never closed"),
     ],
 )
 def test_what_is_no_page_keeps_its_lines(text, expected):
     result, counts = run(text, "html")
     assert result == (text if expected is None else expected)
     assert counts == ({} if expected is None else {"html: changed": 1})
+
+
+@pytest.mark.parametrize(
+    "deep",
+    ["<dl>" + "<dt>a<dd>b" * 3000 + "</dl>", "<table><tr>" + "<th>x" * 6000,
+     "<svg>" + "<path d='x'/>" * 6000 + "</svg>", "<script>" + "x='<div>';" * 6000 + "</script>"],
+    ids=["dl", "th", "svg", "script"],
+)  # fmt: skip
+def test_many_elements_side_by_side_are_not_deep(deep):
+    text, _ = run(f"<html><body><p>told</p>{deep}</body></html>", "html")
+    assert text.startswith("told")
+
+
+def test_indentation_of_preformatted_text_stays():
+    page = "<html><body><p>make:</p><pre>a:\n\tb\n    c\n</pre><p>end</p></body></html>"
+    assert run(page, "html")[0] == "make:\n\na:\n\tb\n    c\n\nend"
 
 
 def test_only_markup_is_dropped():
@@ -57,7 +81,7 @@ def test_only_markup_is_dropped():
 
 @pytest.mark.parametrize("tag", ["<div>", "<b>", "<table><tr><td>", "<ul><li>"])
 def test_elements_nested_without_end_take_no_time(tag):
-    page = tag * 10_000 + "x"
+    page = "<body>" + tag * 10_000 + "x"
     assert run(page, "html") == (None, {"html: dropped (elements nested deeper than 2000)": 1})
     assert html_to_text("<p>a" * 9_000).count("a") == 9_000, "these are beside each other"
 
