@@ -17,6 +17,9 @@ Span = tuple[int, int]
 Found = tuple[int, int, Kind]
 _WINDOW = 80  # characters on both sides; an e-mail address may be longer than that only by its domain
 
+_FULL_WIDTH = re.compile("[\uff08-\uff3a]")
+_HALF_WIDTH = {0xFF00 + low: low + 0x20 for low in range(1, 0x5F)}  # as Chinese input methods write digits and marks
+
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+-]++(?:\.[A-Za-z0-9_%+-]++)*+"
     r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+"
@@ -26,7 +29,7 @@ _EMAIL = re.compile(
 _SEVEN_DIGITS = re.compile(r"[0-9](?:[ ().)-]{0,3}[0-9]){6}")
 _AT = re.compile("@")
 _PART_OF_IP = re.compile(r"[0-9](?:\.[0-9]{1,3}\.[0-9]|[0-9A-Fa-f]{3}:[0-9A-Fa-f:])")
-_ID_CARD = re.compile(r"(?<![0-9A-Za-z])[1-9]\d{5}(?:18|19|20)\d{9}[0-9Xx](?![0-9A-Za-z])", re.ASCII)
+_ID_CARD = re.compile(r"(?<![0-9A-Za-z])[1-9]\d{5}[ -]?(?:18|19|20)\d{6}[ -]?\d{3}[0-9Xx](?![0-9A-Za-z])", re.ASCII)
 _CARD = re.compile(r"(?<![0-9A-Za-z.-])[2-6]\d{3}(?:[ -]?\d{2,7}){1,5}(?![0-9A-Za-z])", re.ASCII)
 _IBAN_HEAD = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}[0-9]{2}(?= ?[0-9A-Z]{4})")
 _IBAN_BODY = re.compile(r"(?: ?[0-9A-Z]){11,29}")
@@ -41,7 +44,9 @@ _PHONE = re.compile(
     "|".join(
         (
             # China: mobiles of 11 digits, landlines with their area code, service numbers.
-            rf"(?<![0-9A-Za-z_.+-])(?:{_CHINA}|86[ -])?1[3-9]\d(?:[ -]?\d{{4}}){{2}}(?![0-9A-Za-z_]|[.-]\d)",
+            # A sum of money or a number of people is none.
+            rf"(?<![0-9A-Za-z_.+-])(?:{_CHINA}|86[ -])?1[3-9]\d(?:[ -]?\d{{4}}){{2}}"
+            r"(?![0-9A-Za-z_]|[.-]\d| ?[元人万萬亿億])",
             rf"(?<![0-9A-Za-z_.+/-])(?:{_CHINA})?(?:\(0(?:10|2\d|[3-9]\d\d)\) ?|0?(?:10|2\d|[3-9]\d\d)-)[2-9]\d{{6,7}}"
             r"(?:-\d{1,5})?(?![0-9A-Za-z_-])",
             r"(?<![0-9A-Za-z_.+/-])[48]00[ -]?\d{3}[ -]\d{4}(?![0-9A-Za-z_-])",
@@ -81,11 +86,12 @@ class Pii:
 
     def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
         """The text with masks, or what it is dropped for."""
-        windows = {anchor: _windows(text, anchor) for anchor in {_FINDERS[kind][0] for kind in self.kinds}}
+        plain = text.translate(_HALF_WIDTH) if _FULL_WIDTH.search(text) else text  # of the same length
+        windows = {anchor: _windows(plain, anchor) for anchor in {_FINDERS[kind][0] for kind in self.kinds}}
         found: list[Found] = []
         for kind in self.kinds:
             anchor, find = _FINDERS[kind]
-            found += [(*span, kind) for window in windows[anchor] for span in find(text, *window)]
+            found += [(*span, kind) for window in windows[anchor] for span in find(plain, *window)]
         if not found:
             return text
         found = _without_overlaps(found)
@@ -128,7 +134,9 @@ def _masked(text: str, spans: list[Found]) -> str:
 
 
 def _id_cards(text: str, start: int, end: int) -> Iterator[Span]:
-    return (match.span() for match in _ID_CARD.finditer(text, start, end) if is_chinese_id(match[0]))
+    return (
+        match.span() for match in _ID_CARD.finditer(text, start, end) if is_chinese_id(re.sub("[ -]", "", match[0]))
+    )
 
 
 def _cards(text: str, start: int, end: int) -> Iterator[Span]:

@@ -149,6 +149,21 @@ def test_kinds_and_action():
     assert run(ENGLISH, ("pii", {"action": "drop"})) == (ENGLISH, {})
 
 
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("电话（010）62345678。", "电话<PHONE>。"),
+        ("手机１３８１２３４５６７８，", "手机<PHONE>，"),
+        ("邮箱ａ@ｅｘａｍｐｌｅ．ｃｏｍ吧", "邮箱<EMAIL>吧"),
+        ("身份证110105 19491231 002X号", "身份证<ID_CARD>号"),
+        ("产值18600000000元，人口13800000000人", None),
+        ("全角字母ＡＢＣ（１２）不变", None),
+    ],
+)
+def test_as_people_write_in_chinese(text, masked):
+    assert run(text, "pii")[0] == (text if masked is None else masked)
+
+
 def test_of_two_that_overlap_the_one_whose_form_says_more_wins():
     assert run("card 6200000000000005", "pii")[0] == "card <CREDIT_CARD>"
     assert run("13812345678@example.com", "pii")[0] == "<EMAIL>"
