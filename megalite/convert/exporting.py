@@ -26,7 +26,7 @@ from megalite.convert.tensors import (
     planned_files,
     to_parts,
 )
-from megalite.convert.tokenizer_files import export_tokenizer
+from megalite.convert.tokenizer_files import carried_settings, export_tokenizer
 from megalite.data.files import new_directory, write_synced
 from megalite.layers.shard import Shard
 from megalite.tensor_file import TensorFileWriter
@@ -50,6 +50,7 @@ def export_model(
     precision = precision or manifest.topology["precision"]
     dtype, code, element_bytes = DTYPES[precision]
     shards, reader = logical_shards(model), TensorReader(checkpoint, manifest)
+    carried = carried_settings(carried, tokenizer)
     special = _special_tokens(tokenizer, carried)
     with new_directory(output) as temporary:
         names: dict[str, str] = {}

@@ -36,13 +36,24 @@ def import_tokenizer(source: Path, run_dir: Path) -> None:
         (carried / _DIGEST).write_text(tokenizer.digest)
 
 
+def carried_settings(carried: Path | None, tokenizer: Path | None) -> Path | None:
+    """What an import kept, when it belongs to the tokenizer that the run has now; None: nothing does."""
+    if carried is None or not carried.is_dir():
+        return None
+    kept = carried / _DIGEST
+    belongs = kept.is_file() == (tokenizer is not None) and (
+        tokenizer is None or kept.read_text() == load_tokenizer(tokenizer).digest
+    )
+    return carried if belongs else None
+
+
 def export_tokenizer(folder: Path, output: Path, carried: Path | None = None) -> None:
-    """The run's tokenizer under the names that transformers reads; `carried`: what `import_tokenizer` kept.
+    """The run's tokenizer under the names that transformers reads; `carried`: see `carried_settings`.
 
     A SentencePiece model that has no form which transformers reads with the same ids is left out, which is logged.
     """
     tokenizer = load_tokenizer(folder)
-    if carried and (carried / _DIGEST).is_file() and (carried / _DIGEST).read_text() == tokenizer.digest:
+    if carried:
         _copy(folder, output, _FILES)
         _copy(carried, output, _SETTINGS)
         return

@@ -446,6 +446,10 @@ def test_special_tokens_and_settings_come_back(tmp_path):
     shutil.copytree(make_tokenizer(tmp_path / "run", 500), tmp_path / "other")
     assert main(["export", f"run_dir={tmp_path}/run", f"output={tmp_path}/again"]) == 0
     assert json.loads((tmp_path / "again/tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    end = load_tokenizer(tmp_path / "run/tokenizer").end_of_document
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "again" / name).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (end, end), name
     assert "chat_template" not in json.loads((tmp_path / "again/tokenizer_config.json").read_text())
 
 
