@@ -73,7 +73,7 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     output = Path(config.output)
     tokenizer = load_tokenizer(config.tokenizer.path)
     files = find_files(config.input, config.reader.format)
-    work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer)}")
+    work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer, files)}")
     units = _units(config, files, work)
     if _was_committed(work, output):
         log.info("%s was finished already", output)
@@ -164,14 +164,19 @@ def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer,
     return report
 
 
-def _digest(config: DataBuildConfig, tokenizer: Tokenizer) -> str:
-    """Of all that segments depend on beside their own files: settings, files that they name, libraries."""
+def _digest(config: DataBuildConfig, tokenizer: Tokenizer, files: Sequence[Path]) -> str:
+    """Of all that segments depend on beside their own files: settings, files that they name, libraries.
+
+    With `dedup.lines` what is left of one file depends on those before it.
+    """
     values = dataclasses.asdict(config)
     for name in _NOT_IN_DIGEST:
         values.pop(name)
     named = [Path(str(value)) for step in config.clean for key, value in step.options.items() if key.endswith("_file")]
     if config.decontaminate.input:
         named += find_files(config.decontaminate.input, "auto")
+    if config.dedup.lines:
+        named += files
     libraries = {name: _version_of(name) for name in _LIBRARIES}
     parts = [megalite.__version__, libraries, tokenizer.digest, values, [_identity(path) for path in named]]
     return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())

@@ -216,10 +216,10 @@ def test_what_is_in_a_list_that_a_step_names_is_part_of_the_build(tmp_path, sour
     step = CleanStepConfig(step="urls", options={"domains_file": str(tmp_path / "list")})
     config = build_config([source], tmp_path / "out", tokenizer_path, clean=(step,))
     tokenizer = load_tokenizer(tokenizer_path)
-    before = building._digest(config, tokenizer)
-    assert building._digest(config, tokenizer) == before
+    before = building._digest(config, tokenizer, [source])
+    assert building._digest(config, tokenizer, [source]) == before
     (tmp_path / "list").write_text("spam.example\nother.example\n")
-    assert building._digest(config, tokenizer) != before
+    assert building._digest(config, tokenizer, [source]) != before
 
 
 def test_small_files_are_read_together(tmp_path, tokenizer_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_small_files_are_read_together(tmp_path, tokenizer_path, monkeypatch):
 
 def test_two_builds_of_one_output(tmp_path, source, tokenizer_path):
     config = build_config([source], tmp_path / "out", tokenizer_path)
-    work = tmp_path / f"out.work-{building._digest(config, load_tokenizer(tokenizer_path))}"
+    work = tmp_path / f"out.work-{building._digest(config, load_tokenizer(tokenizer_path), [source])}"
     lock = RunLock(work)
     with pytest.raises(ResourceError, match="in use by another build"):
         build_store(config)

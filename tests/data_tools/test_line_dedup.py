@@ -10,6 +10,7 @@ from megalite.data_tools import building, line_dedup, units
 from megalite.data_tools.building import build_store
 from megalite.data_tools.inspection import inspect_documents
 from megalite.errors import ConfigError
+from megalite.tokenizer import load_tokenizer
 from tests.data_tools.corpora import build_config, make_tokenizer, write_jsonl
 from tests.data_tools.test_building import fork_build, stores_of
 
@@ -94,6 +95,16 @@ def test_workers_and_kills_change_nothing(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(building, "_TOGETHER_FILES", 1)
     build_store(config_of(tmp_path, tokenizer, corpus(1), workers=2))
     assert stores_of(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_file_that_changed_begins_the_work_anew(tmp_path, tokenizer, lines):
+    """What is left of the other files depends on it; without `lines` they are kept."""
+    config = config_of(tmp_path, tokenizer, corpus(2), dedup=DedupConfig(lines=lines))
+    files = sorted((tmp_path / "in").iterdir())
+    before = building._digest(config, load_tokenizer(tokenizer), files)
+    files[0].write_text(files[0].read_text() + "\n")
+    assert (building._digest(config, load_tokenizer(tokenizer), files) == before) == (not lines)
 
 
 def test_lines_are_those_of_cleaned_text(tmp_path, tokenizer):
