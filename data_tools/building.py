@@ -29,7 +29,7 @@ import xxhash
 import megalite
 from megalite.config.schema_data import DataBuildConfig
 from megalite.config.validate_commands import validate_data_build
-from megalite.data.files import OVERWRITE_HINT, commit_directory, refuse_existing, write_synced
+from megalite.data.files import OVERWRITE_HINT, commit_directory, disk_errors, refuse_existing, write_synced
 from megalite.data.manifest import DTYPES, dtype_for
 from megalite.errors import DataError, ResourceError
 from megalite.guard.lock import RunLock
@@ -74,19 +74,17 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     tokenizer = load_tokenizer(config.tokenizer.path)
     files = find_files(config.input, config.reader.format)
     work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer, files)}")
-    units = _units(config, files, work)
     if _was_committed(work, output):
         log.info("%s was finished already", output)
         _remove(work)
         return read_report(output)
     refuse_existing(output, mark, OVERWRITE_HINT)
+    units = _units(config, files, work)
     try:
-        with _work_directory(work, units):
+        with disk_errors(output), _work_directory(work, units):
             report = _build(config, units, tokenizer, work)
             (work / REPORT).touch()  # so that what comes after the next line is known for what it is
             commit_directory(work / "stores", output, mark)
-    except OSError as error:
-        raise ResourceError(f"writing {output} failed: {error}. Is the disk full, or the folder read-only?") from None
     except BrokenProcessPool:
         raise ResourceError("a worker process died, perhaps for want of memory: set a smaller workers=") from None
     return report

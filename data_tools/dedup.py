@@ -12,11 +12,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .digests import in_share, sorted_by_digest
 from .minhash import BANDS
 from .segments import Segment
 from .shingles import I64, U64
@@ -69,18 +69,15 @@ def _drop_exact(segments: Sequence[Segment], total: int, dropped: NDArray[np.boo
         found = []
         for segment in segments:
             documents = segment.documents
-            mine = _in_share(documents["digest"][:, 0], share, shares)
-            keys = documents["digest"][mine]
-            found.append((keys[:, 0], keys[:, 1], segment.base + documents["position"][mine]))
-        low, high, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.lexsort((numbers, high, low))
-        same = (low[order][1:] == low[order][:-1]) & (high[order][1:] == high[order][:-1])
+            mine = in_share(documents["digest"][:, 0], share, shares)
+            found.append((documents["digest"][mine], segment.base + documents["position"][mine]))
+        numbers, same = sorted_by_digest(*(np.concatenate(column) for column in zip(*found, strict=True)))
         firsts = _first_of_group(same)
         later = np.flatnonzero(np.concatenate([[False], same]))
-        dropped[numbers[order[later]]] = True
+        dropped[numbers[later]] = True
         report.exact += len(later)
         for i in later[:_EXAMPLES]:
-            report.note(int(numbers[order[firsts[i]]]), int(numbers[order[i]]), 1.0, _EXAMPLES)
+            report.note(int(numbers[firsts[i]]), int(numbers[i]), 1.0, _EXAMPLES)
 
 
 def _write_candidates(segments: Sequence[Segment], total: int, dropped: NDArray[np.bool_], scratch: Path) -> None:
@@ -95,7 +92,7 @@ def _write_candidates(segments: Sequence[Segment], total: int, dropped: NDArray[
                 documents = segment.documents
                 numbers = segment.base + documents["position"]
                 keys = segment.bands[band]
-                mine = _in_share(keys, share, shares) & ~dropped[numbers] & (documents["shingles"] > 0)
+                mine = in_share(keys, share, shares) & ~dropped[numbers] & (documents["shingles"] > 0)
                 found.append((keys[mine], numbers[mine]))
             keys, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
             order = np.lexsort((numbers, keys))
@@ -169,11 +166,6 @@ def _jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
     """|A and B| / |A or B| of two sorted sets, not both empty."""
     common = int(np.count_nonzero(a[np.minimum(np.searchsorted(a, b), len(a) - 1)] == b))
     return common / (len(a) + len(b) - common)
-
-
-def _in_share(keys: NDArray[Any], share: int, shares: int) -> NDArray[np.bool_]:
-    """Which keys belong to one of `shares` parts of their values."""
-    return keys % np.uint64(shares) == np.uint64(share)
 
 
 def _first_of_group(same: NDArray[np.bool_]) -> I64:

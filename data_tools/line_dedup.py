@@ -14,13 +14,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from .digests import in_share, sorted_by_digest
+
 LINES, REPEATS = "lines", "repeats"  # of a unit: hashes (xxh3_128), and which of them stand earlier
 _RECORDS = 1 << 20  # hashes in memory at a time
 
 
-def long_lines(text: str, min_characters: int) -> list[int]:
-    """The indices of the lines of `text` that are looked at."""
-    return [i for i, line in enumerate(text.split("\n")) if len(line.strip()) >= min_characters]
+def _long_lines(lines: Sequence[str], min_characters: int) -> list[int]:
+    """The indices of the lines that are looked at."""
+    return [i for i, line in enumerate(lines) if len(line.strip()) >= min_characters]
 
 
 def write_lines(folder: Path, texts: Iterable[str], min_characters: int) -> None:
@@ -31,7 +33,7 @@ def write_lines(folder: Path, texts: Iterable[str], min_characters: int) -> None
     with open(folder / f"{LINES}.tmp", "wb") as file:
         for text in texts:
             lines = text.split("\n")
-            looked_at = (lines[i].strip().encode() for i in long_lines(text, min_characters))
+            looked_at = (lines[i].strip().encode() for i in _long_lines(lines, min_characters))
             file.write(b"".join(map(xxhash.xxh3_128_digest, looked_at)))
         file.flush()
         os.fsync(file.fileno())
@@ -47,12 +49,10 @@ def mark_repeats(folders: Sequence[Path]) -> None:
     for share in range(shares):
         found = []
         for base, lines in zip(bases, digests, strict=False):
-            mine = np.flatnonzero(lines[:, 0] % np.uint64(shares) == np.uint64(share))
-            found.append((lines[mine, 0], lines[mine, 1], base + mine))
-        low, high, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.lexsort((numbers, high, low))
-        same = (low[order][1:] == low[order][:-1]) & (high[order][1:] == high[order][:-1])
-        later = numbers[order[1:][same]]
+            mine = np.flatnonzero(in_share(lines[:, 0], share, shares))
+            found.append((lines[mine], base + mine))
+        numbers, same = sorted_by_digest(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        later = numbers[1:][same]
         units = np.searchsorted(bases, later, side="right") - 1
         for unit in np.unique(units).tolist():
             repeats[unit][later[units == unit] - bases[unit]] = True
@@ -69,7 +69,8 @@ class LineDropper:
 
     def drop(self, text: str, counts: Counter[str]) -> str:
         """The text without its marked lines, which are counted."""
-        looked_at = long_lines(text, self._min_characters)
+        lines = text.split("\n")
+        looked_at = _long_lines(lines, self._min_characters)
         marks = self._repeats[self.position : self.position + len(looked_at)]
         self.position += len(looked_at)
         if not marks.any():
@@ -77,7 +78,7 @@ class LineDropper:
         left_out = {i for i, mark in zip(looked_at, marks, strict=True) if mark}
         counts["lines: left out"] += len(left_out)
         counts["lines: changed"] += 1
-        return "\n".join(line for i, line in enumerate(text.split("\n")) if i not in left_out)
+        return "\n".join(line for i, line in enumerate(lines) if i not in left_out)
 
 
 def _marks(path: Path, size: int) -> NDArray[np.bool_]:

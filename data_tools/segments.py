@@ -30,7 +30,6 @@ DOCUMENT = np.dtype(
         ("tokens", "<i8"),  # its end-of-document token included
         ("bytes", "<i8"),  # of its text in UTF-8
         ("shingles", "<i8"),
-        ("row", "<i8"),  # where it stood in the unit, for people
         ("position", "<i8"),  # among the documents of the segment, in the order of the input
         ("store", "<i8"),  # index into the head's `stores`
         ("digest", "<u8", (2,)),  # xxh3_128 of its text

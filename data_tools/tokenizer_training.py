@@ -5,8 +5,7 @@ from pathlib import Path
 
 from megalite.config.schema_data import TokenizerTrainConfig
 from megalite.config.validate_commands import validate_tokenizer_train
-from megalite.data.files import OVERWRITE_HINT, new_directory, refuse_existing, write_synced
-from megalite.errors import ResourceError
+from megalite.data.files import OVERWRITE_HINT, disk_errors, new_directory, refuse_existing, write_synced
 from megalite.tokenizer import CONFIG, HF_JSON, SP_MODEL, config_text, load_tokenizer
 
 from .library_training import TRAINERS, train_library
@@ -24,20 +23,17 @@ def train_tokenizer(config: TokenizerTrainConfig) -> Path:
     output = Path(config.output)
     mark = CONFIG if config.overwrite else None
     refuse_existing(output, mark, OVERWRITE_HINT)
-    try:
-        with new_directory(output, mark) as temporary:
-            sample = TrainingSample(config)
-            if config.tokenizer.type in TRAINERS:
-                os.environ.setdefault("RAYON_NUM_THREADS", str(config.tokenizer.num_threads))  # read at first use
-                kind = "huggingface"
-                write_synced(temporary / HF_JSON, train_library(sample, config.tokenizer) + "\n")
-            else:
-                kind = "sentencepiece"
-                (temporary / SP_MODEL).write_bytes(train_sentencepiece(sample, config.tokenizer))
-            tokenizer = load_tokenizer(temporary)
-            tokenizer.name = output.name
-            settings = {**vars(config.tokenizer), "sampled_bytes": sample.sampled_bytes}
-            write_synced(temporary / CONFIG, config_text(kind, tokenizer, training=settings))
-    except OSError as error:
-        raise ResourceError(f"writing {output} failed: {error}. Is the disk full, or the folder read-only?") from None
+    with disk_errors(output), new_directory(output, mark) as temporary:
+        sample = TrainingSample(config)
+        if config.tokenizer.type in TRAINERS:
+            os.environ.setdefault("RAYON_NUM_THREADS", str(config.tokenizer.num_threads))  # read at first use
+            kind = "huggingface"
+            write_synced(temporary / HF_JSON, train_library(sample, config.tokenizer) + "\n")
+        else:
+            kind = "sentencepiece"
+            (temporary / SP_MODEL).write_bytes(train_sentencepiece(sample, config.tokenizer))
+        tokenizer = load_tokenizer(temporary)
+        tokenizer.name = output.name
+        settings = {**vars(config.tokenizer), "sampled_bytes": sample.sampled_bytes}
+        write_synced(temporary / CONFIG, config_text(kind, tokenizer, training=settings))
     return output

@@ -86,12 +86,10 @@ class Worker:
         lines = None
         if dedup.lines:
             lines = LineDropper(unit.folder, dedup.min_line_characters, finished[-1].lines if finished else 0)
-        row = report.documents
         for number, chunks in enumerate(_segments(documents), start=len(finished)):
             segment = _SegmentBuilder(self, lines)
             for chunk in chunks:
-                segment.add(row, chunk)
-                row += len(chunk)
+                segment.add(chunk)
             segment.write(unit.folder / segment_name(number), report.documents, report.skipped - skipped)
             skipped = report.skipped.copy()
         mark_done(unit.folder, Counts(skipped=report.skipped - skipped), report.messages)
@@ -142,21 +140,19 @@ class _SegmentBuilder:
         self._bands: list[NDArray[np.uint64]] = []
         self._shingles: list[NDArray[np.uint32]] = []  # of each document
 
-    def add(self, first_row: int, chunk: Sequence[Document]) -> None:
-        """Clean, check, hash and encode documents, the first of which is `first_row` of the unit."""
+    def add(self, chunk: Sequence[Document]) -> None:
+        """Clean, check, hash and encode documents."""
         worker = self._worker
         self._counts.read += len(chunk)
-        cleaned = [(row, doc, self._clean(doc)) for row, doc in enumerate(chunk, start=first_row)]
-        kept = [(row, doc, text) for row, doc, text in cleaned if text is not None]
-        kept = self._without_leaks(kept)
+        cleaned = [(document, self._clean(document)) for document in chunk]
+        kept = self._without_leaks([(document, text) for document, text in cleaned if text is not None])
         if not kept:
             return
-        texts = [text for _, _, text in kept]
+        texts = [text for _, text in kept]
         ids, counts = worker.encoder.encode(texts)
         documents = np.zeros(len(kept), DOCUMENT)
-        documents["row"] = [row for row, _, _ in kept]
         documents["tokens"] = counts + 1
-        documents["store"] = [self._store(doc) for _, doc, _ in kept]
+        documents["store"] = [self._store(document) for document, _ in kept]
         data = [text.encode() for text in texts]
         documents["bytes"] = [len(content) for content in data]
         digests = b"".join(xxhash.xxh3_128_digest(content) for content in data)
@@ -221,11 +217,11 @@ class _SegmentBuilder:
         self._counts.dropped[stage] += 1
         self._counts.example(stage, document.id)  # not what it says: perhaps nobody should read that
 
-    def _without_leaks(self, kept: list[tuple[int, Document, str]]) -> list[tuple[int, Document, str]]:
+    def _without_leaks(self, kept: list[tuple[Document, str]]) -> list[tuple[Document, str]]:
         if self._worker.leaks is None:
             return kept
-        leaked = self._worker.leaks.find([text for _, _, text in kept])
-        for (_, _, text), leak in zip(kept, leaked, strict=True):
+        leaked = self._worker.leaks.find([text for _, text in kept])
+        for (_, text), leak in zip(kept, leaked, strict=True):
             if leak:
                 self._counts.dropped["decontamination"] += 1
                 self._counts.example("decontamination", text)

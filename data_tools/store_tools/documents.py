@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megalite.data.files import disk_errors
 from megalite.data.format import TokenStore
 from megalite.data.manifest import Manifest, TokenizerRecord
 from megalite.data.writer import StoreWriter
-from megalite.errors import DataError, ResourceError
+from megalite.errors import DataError
 
 BLOCK_TOKENS = 1 << 22  # read at a time, unless one document alone is longer: 8 or 16 MiB
 
@@ -105,10 +106,7 @@ class _StoredTokenizer:
 @contextmanager
 def writing(output: Path) -> Iterator[None]:
     """Refuse an `output` that exists, before any work is done; turn what the disk says into a `ResourceError`."""
-    try:
+    with disk_errors(output):
         if output.is_symlink() or output.exists():
             raise DataError(f"{output} exists already: choose another output")
         yield
-    except OSError as error:
-        place = error.filename or output
-        raise ResourceError(f"{place}: {error.strerror or error}. Is the disk full, or the folder read-only?") from None

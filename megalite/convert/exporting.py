@@ -27,7 +27,7 @@ from megalite.convert.tensors import (
     to_parts,
 )
 from megalite.convert.tokenizer_files import carried_settings, export_tokenizer
-from megalite.data.files import new_directory, write_synced
+from megalite.data.files import disk_errors, new_directory, write_synced
 from megalite.layers.shard import Shard
 from megalite.tensor_file import TensorFileWriter
 from megalite.tokenizer import load_tokenizer
@@ -40,9 +40,9 @@ def export_model(
 ) -> Family:
     """Write a checkpoint of any layout as a folder that transformers loads; returns the family it became.
 
-    `precision`: fp32, bf16 or fp16; None: that of the training. `tokenizer`: the run's. `carried`: what an
-    import kept of its source. Raises `ConfigError` when no
-    model of transformers is this one, `CheckpointError` for a damaged checkpoint, `DataError` when `output` exists.
+    `precision`: fp32, bf16 or fp16; None: that of the training. `tokenizer`: the run's. `carried`: what an import kept
+    of its source. Raises `ConfigError` when no model of transformers is this one, `CheckpointError` for a damaged
+    checkpoint, `DataError` when `output` exists, `ResourceError` when it cannot be written.
     """
     manifest = read_manifest(checkpoint)
     model = plain(load_config(TrainConfig, manifest.config).model)
@@ -52,7 +52,7 @@ def export_model(
     shards, reader = logical_shards(model), TensorReader(checkpoint, manifest)
     carried = carried_settings(carried, tokenizer)
     special = _special_tokens(tokenizer, carried)
-    with new_directory(output) as temporary:
+    with disk_errors(output), new_directory(output) as temporary:
         names: dict[str, str] = {}
         files = list(planned_files(family.rules(model), shards, element_bytes, SHARD_BYTES))
         for number, rules in enumerate(files, start=1):

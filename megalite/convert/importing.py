@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ from megalite.convert.tensors import (
     stored_dtype,
 )
 from megalite.convert.tokenizer_files import import_tokenizer
-from megalite.data.files import new_directory
-from megalite.errors import CheckpointError, ConfigError, DataError, ResourceError
+from megalite.data.files import disk_errors, new_directory
+from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.layers.shard import Shard
 from megalite.tensor_file import TensorFileWriter
 
@@ -64,7 +63,7 @@ def import_model(source: Path, output: Path) -> TrainConfig:
     weights.check_names([part for rule in rules.values() for part in rule.parts], tied=model.tied_embeddings)
     config = load_config(TrainConfig, _train_values(output, model))
     validate_layout(resolve_auto(config, "cpu"), world_size=1)
-    with _directory_errors(output), new_directory(output) as temporary:
+    with disk_errors(output), new_directory(output) as temporary:
         folder = create_temporary(temporary / "checkpoints", 0)
         files = list(_write_weights(folder, rules, weights, logical_shards(model)))
         commit(folder, _manifest(config, files, precision))
@@ -74,14 +73,6 @@ def import_model(source: Path, output: Path) -> TrainConfig:
             if (source / name).is_file():
                 shutil.copyfile(source / name, temporary / CARRIED / name)
     return config
-
-
-@contextmanager
-def _directory_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(f"writing {output} failed: {error}. Is the disk full, or the folder read-only?") from None
 
 
 class _SourceWeights:

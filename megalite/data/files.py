@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from megalite.errors import DataError
+from megalite.errors import DataError, ResourceError
 
 OVERWRITE_HINT = ", or set overwrite=true to replace it"  # for commands that have such a key
 _READ_BYTES = 1 << 24
@@ -45,6 +45,18 @@ def commit_directory(temporary: Path, path: Path, overwrite_mark: str | None = N
     sync_directory(path.parent)
     if replaced:
         shutil.rmtree(replaced)
+
+
+@contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """Turn what the disk says while `output` is written into a `ResourceError`."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or output
+        raise ResourceError(
+            f"writing {place} failed: {error.strerror or error}. Is the disk full, or the folder read-only?"
+        ) from None
 
 
 def refuse_existing(path: Path, overwrite_mark: str | None, hint: str = "") -> None:
