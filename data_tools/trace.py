@@ -19,7 +19,7 @@ from megalite.data.format import TokenStore
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer import Tokenizer
 
-from .inspection import store_tokenizer
+from .store_tools.inspection import store_tokenizer
 
 _SHOWN_TOKENS = 16  # of a document's beginning
 

@@ -13,7 +13,7 @@ def build(argv: Sequence[str]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from megalite.data_tools.building import build_store
+    from megalite.data_tools.builder.building import build_store
 
     report = build_store(compose_config("data_build", DataBuildConfig, argv))
     table = Table("store", title=escape(f"token stores in {report.output}"))
@@ -50,7 +50,7 @@ def verify(argv: Sequence[str]) -> int:
 
     `store=` is a token store, or a folder with several, such as the output of `megalite data build`.
     """
-    from megalite.data_tools.inspection import verify_stores
+    from megalite.data_tools.store_tools.inspection import verify_stores
 
     for store in verify_stores(_keys(argv, {"store": None})["store"]):
         print(f"{store}: whole")
@@ -67,7 +67,7 @@ def inspect(argv: Sequence[str]) -> int:
     from rich.rule import Rule
 
     from megalite.data.format import TokenStore
-    from megalite.data_tools.inspection import find_stores, inspect_documents
+    from megalite.data_tools.store_tools.inspection import find_stores, inspect_documents
 
     keys = _keys(argv, {"store": None, "documents": "3"})
     if not keys["documents"].isdecimal():

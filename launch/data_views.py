@@ -11,7 +11,7 @@ def pack(argv: Sequence[str]) -> int:
     from megalite.config.validate_commands import validate_data_pack
     from megalite.data.format import TokenStore
     from megalite.data.packing import write_packing
-    from megalite.data_tools.inspection import find_stores
+    from megalite.data_tools.store_tools.inspection import find_stores
 
     config = compose_config("data_pack", DataPackConfig, argv)
     validate_data_pack(config)

@@ -59,7 +59,7 @@ def test_every_room_keeps_to_its_floor(assembled):
         ("comm.py", "import megalite.rng", {"floors"}),
         ("trainer.py", "from megalite.launch import spawn", {"floors"}),
         ("data_tools/readers.py", "from ..mesh import Mesh", {"data-tools", "torch"}),
-        ("data_tools/building.py", "from ..launch import spawn", {"floors"}),
+        ("data_tools/builder/building.py", "from ...launch import spawn", {"floors"}),
         ("errors.py", "def late():\n    import torch\n", {"torch"}),
         ("config/place.py", "from megalite import mesh", {"floors", "torch"}),
         ("optim.py", "def late():\n    import deepspeed\n", {"deepspeed"}),

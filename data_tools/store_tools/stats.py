@@ -14,8 +14,8 @@ from megalite.data.files import write_synced
 from megalite.data.format import TokenStore
 from megalite.errors import DataError
 
-from ..inspection import find_stores, store_tokenizer
 from .documents import iter_documents, writing
+from .inspection import find_stores, store_tokenizer
 
 _LENGTHS_COUNTED = 1 << 20  # lengths below have a counter each; longer documents are few and counted one by one
 _MAX_VOCABULARY = 1 << 21  # each id has a counter

@@ -12,8 +12,8 @@ from megalite.config import schema, schema_data
 from megalite.config.validate_layout import DS_DERIVED, DS_OVERRIDES
 from megalite.data_tools.cleaning import STEPS
 from megalite.data_tools.formats import FORMATS
-from megalite.data_tools.library_training import TRAINERS
-from megalite.data_tools.sentencepiece_training import MODEL_TYPES
+from megalite.data_tools.tokenizer_training.library_models import TRAINERS
+from megalite.data_tools.tokenizer_training.sentencepiece_models import MODEL_TYPES
 from megalite.engine import DTYPES, _refused_overrides
 from megalite.errors import ConfigError
 from megalite.layers.mlp import ACTIVATIONS

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megalite.data_tools.inspection import find_stores
+from megalite.data_tools.store_tools.inspection import find_stores
 from megalite.errors import ConfigError, DataError
 from megalite.launch import data, tokenizer
 from tests.data_tools.corpora import write_jsonl

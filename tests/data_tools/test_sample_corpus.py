@@ -7,7 +7,7 @@ import pytest
 import megalite.data_tools.sample_corpus as sample_corpus
 from megalite.config.compose import compose_config
 from megalite.config.schema_data import DataBuildConfig, ReaderConfig, TokenizerTrainConfig
-from megalite.data_tools.building import build_store
+from megalite.data_tools.builder.building import build_store
 from megalite.data_tools.readers import ReadReport, iter_documents
 from megalite.data_tools.sample_corpus.make import shakespeare_documents, shakespeare_rows, tang_rows, write
 from megalite.data_tools.tokenizer_training import train_tokenizer

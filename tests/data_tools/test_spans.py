@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from megalite.config.schema_data import ReaderConfig
-from megalite.data_tools.building import build_store
+from megalite.data_tools.builder.building import build_store
 from megalite.data_tools.formats import WHOLE, spans
 from megalite.data_tools.readers import ReadReport, iter_file_documents, spans_of
+from tests.data_tools.builder.test_building import stores_of
 from tests.data_tools.corpora import build_config, english, make_tokenizer
-from tests.data_tools.test_building import stores_of
 
 
 def jsonl(path, texts):

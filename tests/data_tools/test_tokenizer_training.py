@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megalite.config.schema_data import ReaderConfig, TokenizerConfig, TokenizerTrainConfig
-from megalite.data_tools.tokenizer_sample import TrainingSample
 from megalite.data_tools.tokenizer_training import train_tokenizer
+from megalite.data_tools.tokenizer_training.sample import TrainingSample
 from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.tokenizer import load_tokenizer
 from tests.data_tools.corpora import TRICKY, chinese, english, texts, write_jsonl

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from .build_report import BuildReport, StoreReport
+from .report import BuildReport, StoreReport
 
 _STYLE = """
 :root { color-scheme: light dark; --soft: color-mix(in srgb, currentColor 60%, transparent);

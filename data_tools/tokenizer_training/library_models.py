@@ -10,7 +10,7 @@ from typing import Any
 from megalite.config.schema_data import TokenizerConfig
 from megalite.errors import ConfigError
 
-from .tokenizer_sample import TrainingSample
+from .sample import TrainingSample
 
 END = "<|endoftext|>"
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -6,8 +6,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from megalite.data_tools import shingles
-from megalite.data_tools.shingles import shingle_hashes, word_hashes
+from megalite.data_tools.builder import shingles
+from megalite.data_tools.builder.shingles import shingle_hashes, word_hashes
 from tests.data_tools.corpora import TRICKY, texts
 
 ALONE = ("CJK UNIFIED", "CJK COMPATIBILITY", "HIRAGANA", "KATAKANA", "THAI", "LAO ", "KHMER", "MYANMAR")

@@ -13,7 +13,7 @@ import numpy as np
 from megalite.config.schema_data import DecontaminateConfig, ReaderConfig
 from megalite.errors import ConfigError
 
-from .readers import Document, ReadReport, iter_documents
+from ..readers import Document, ReadReport, iter_documents
 from .shingles import U64, shingle_hashes, word_hashes
 
 _BATCH = 1000  # documents

@@ -6,8 +6,8 @@ import pytest
 
 from megalite.config.schema_data import DecontaminateConfig
 from megalite.data.format import TokenStore
-from megalite.data_tools.building import build_store
-from megalite.data_tools.inspection import inspect_documents
+from megalite.data_tools.builder.building import build_store
+from megalite.data_tools.store_tools.inspection import inspect_documents
 from megalite.errors import ConfigError, DataError
 from tests.data_tools.corpora import HAN, build_config, make_tokenizer, write_jsonl
 

@@ -16,12 +16,12 @@ from megalite.data.manifest import DTYPES, dtype_for
 from megalite.errors import DataError
 from megalite.tokenizer import Encoder, Tokenizer, load_tokenizer
 
-from .cleaning import Cleaner, build_cleaner
+from ..cleaning import Cleaner, build_cleaner
+from ..formats import Span
+from ..readers import Document, ReadReport, iter_file_documents
 from .decontamination import LeakFinder
-from .formats import Span
 from .line_dedup import LineDropper, write_lines
 from .minhash import band_keys
-from .readers import Document, ReadReport, iter_file_documents
 from .segments import (
     DOCUMENT,
     Counts,

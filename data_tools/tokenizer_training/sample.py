@@ -9,7 +9,7 @@ import xxhash
 from megalite.config.schema_data import TokenizerTrainConfig
 from megalite.errors import DataError
 
-from .readers import Document, ReadReport, iter_documents
+from ..readers import Document, ReadReport, iter_documents
 
 _MAX_SENTENCE_BYTES = 4096  # SentencePiece drops what is longer than 4192
 # SentencePiece skips sentences with a zero byte or U+2585, and takes U+2581 for a space: the text is cut there.

@@ -8,9 +8,9 @@ from megalite.config.validate_commands import validate_tokenizer_train
 from megalite.data.files import OVERWRITE_HINT, disk_errors, new_directory, refuse_existing, write_synced
 from megalite.tokenizer import CONFIG, HF_JSON, SP_MODEL, config_text, load_tokenizer
 
-from .library_training import TRAINERS, train_library
-from .sentencepiece_training import train_sentencepiece
-from .tokenizer_sample import TrainingSample
+from .library_models import TRAINERS, train_library
+from .sample import TrainingSample
+from .sentencepiece_models import train_sentencepiece
 
 
 def train_tokenizer(config: TokenizerTrainConfig) -> Path:

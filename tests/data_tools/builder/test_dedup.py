@@ -8,12 +8,12 @@ import pytest
 
 from megalite.config.schema_data import DedupConfig
 from megalite.data.format import TokenStore
-from megalite.data_tools import dedup, shingles, units
-from megalite.data_tools.building import build_store
-from megalite.data_tools.inspection import inspect_documents
+from megalite.data_tools.builder import dedup, shingles, units
+from megalite.data_tools.builder.building import build_store
+from megalite.data_tools.store_tools.inspection import inspect_documents
 from megalite.errors import ConfigError
+from tests.data_tools.builder.test_shingles import words_of
 from tests.data_tools.corpora import HAN, build_config, make_tokenizer, write_jsonl
-from tests.data_tools.test_shingles import words_of
 
 pytest.importorskip("rensa")
 

@@ -13,7 +13,7 @@ from typing import Any
 from megalite.config.schema_data import TokenizerConfig
 from megalite.errors import ConfigError
 
-from .tokenizer_sample import TrainingSample
+from .sample import TrainingSample
 
 MODEL_TYPES = {"sp_bpe": "bpe", "sp_unigram": "unigram"}
 CONTROL_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}

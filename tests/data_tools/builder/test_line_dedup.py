@@ -6,13 +6,13 @@ import pytest
 
 from megalite.config.schema_data import CleanStepConfig, DedupConfig
 from megalite.data.format import TokenStore
-from megalite.data_tools import building, line_dedup, units
-from megalite.data_tools.building import build_store
-from megalite.data_tools.inspection import inspect_documents
+from megalite.data_tools.builder import building, line_dedup, units
+from megalite.data_tools.builder.building import build_store
+from megalite.data_tools.store_tools.inspection import inspect_documents
 from megalite.errors import ConfigError
 from megalite.tokenizer import load_tokenizer
+from tests.data_tools.builder.test_building import fork_build, stores_of
 from tests.data_tools.corpora import build_config, make_tokenizer, write_jsonl
-from tests.data_tools.test_building import fork_build, stores_of
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 
 from megalite.config.schema_data import CleanStepConfig, DedupConfig, ReaderConfig
 from megalite.data.format import TokenStore
-from megalite.data_tools import building, units
-from megalite.data_tools.building import build_store
-from megalite.data_tools.inspection import inspect_documents, store_tokenizer, verify_stores
+from megalite.data_tools.builder import building, units
+from megalite.data_tools.builder.building import build_store
+from megalite.data_tools.store_tools.inspection import inspect_documents, store_tokenizer, verify_stores
 from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.guard.lock import RunLock
 from megalite.tokenizer import load_tokenizer
@@ -431,7 +431,7 @@ def test_killed_builder_leaves_temporary_names_and_no_process(tmp_path, tokenize
 ENDLESS_BUILD = """
 import itertools, sys
 from megalite.config.schema_data import DataBuildConfig, ReaderConfig, StoreTokenizerConfig
-from megalite.data_tools import building, units
+from megalite.data_tools.builder import building, units
 from megalite.data_tools.readers import Document
 
 def endless(path, config, source, report, span):
@@ -458,7 +458,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 SMALL_SEGMENTS = """
 import sys
 from megalite.config.schema_data import DataBuildConfig, DedupConfig, ReaderConfig, StoreTokenizerConfig
-from megalite.data_tools import building, units
+from megalite.data_tools.builder import building, units
 
 units.SEGMENT_BYTES, building._TOGETHER_FILES = 50_000, 3  # in the workers too, which import this file
 

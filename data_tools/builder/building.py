@@ -36,16 +36,16 @@ from megalite.guard.lock import RunLock
 from megalite.log import get_logger
 from megalite.tokenizer import Tokenizer, load_tokenizer
 
-from .build_page import build_page
-from .build_report import REPORT, REPORT_PAGE, BuildReport, make_report, read_report
-from .cleaning import build_cleaner
+from ..cleaning import build_cleaner
+from ..formats import WHOLE
+from ..readers import default_source, find_files, spans_of
 from .decontamination import write_ngrams
 from .dedup import find_duplicates
-from .formats import WHOLE
 from .line_dedup import mark_repeats
 from .merging import WrittenStore, write_stores
 from .minhash import require_minhash
-from .readers import default_source, find_files, spans_of
+from .page import build_page
+from .report import REPORT, REPORT_PAGE, BuildReport, make_report, read_report
 from .segments import Counts, finished_heads, open_segments, read_done
 from .units import SEGMENT_BYTES, Part, Unit, Worker
 

@@ -1,0 +1,1 @@
+"""Documents to token stores: units, segments, duplicates, merging, report."""
