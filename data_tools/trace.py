@@ -3,19 +3,20 @@
 The order of samples is a closed form, so a run's configuration and its stores say it all; nothing was recorded.
 """
 
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalite.checkpoint_format import list_checkpoints, read_manifest
+from megalite.checkpoint_folder import list_checkpoints
+from megalite.checkpoint_format import read_manifest
 from megalite.config.compose import read_config
 from megalite.config.schema import TrainConfig
 from megalite.config.schema_data import DataTraceConfig
 from megalite.config.validate_commands import validate_data_trace
 from megalite.data.dataset import BlendedDataset, build_dataset
 from megalite.data.format import TokenStore
+from megalite.data.skipping import find_document
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer import Tokenizer
 
@@ -67,24 +68,19 @@ class Trace:
         """What step `step` (the first is 1) trained on, or would, sample after sample. `ConfigError` out of range."""
         if not 1 <= step <= self.config.trainer.steps:
             raise ConfigError(f"step: found {step}, allowed: 1 to trainer.steps={self.config.trainer.steps}")
-        samples = range((step - 1) * self.batch, step * self.batch)
-        sources, units, _ = self.dataset.order.locate(samples)
-        for sample, source, unit in zip(samples, sources.tolist(), units.tolist(), strict=True):
-            store, name = self.dataset.stores[source], self.config.data.train[source].source
-            for start, stop in self.dataset.views[source].ranges(unit):
-                first, last = store.document_at([start, stop - 1]).tolist()
-                offsets = store.offsets_of_documents(first, last + 1).tolist()
-                for document, (begin, end) in enumerate(itertools.pairwise(offsets), first):
-                    part = max(start, begin) - begin, min(stop, end) - begin
-                    text = self._beginning(store, document)
-                    yield DocumentUse(sample, name, store.path, document, *part, end - begin, text)
+        for part in self.dataset.documents(range((step - 1) * self.batch, step * self.batch)):
+            store, source = self.dataset.stores[part.source], self.config.data.train[part.source].source
+            text = self._beginning(store, part.document)
+            yield DocumentUse(
+                part.sample, source, store.path, part.document, part.start, part.stop, part.num_tokens, text
+            )
 
     def steps(self, document: str) -> list[StepUse]:
         """The samples of the steps so far that held tokens of a document, in order.
 
         `document`: SOURCE:INDEX, or the store's path for SOURCE. Raises `ConfigError` for one that does not exist.
         """
-        source, index = self._find(document)
+        source, index = find_document(document, "document", self.config.data, self.dataset.stores)
         view = self.dataset.views[source]
         start, stop = view.store.offsets_of_documents(index, index + 1).tolist()
         found = []
@@ -93,18 +89,6 @@ class Trace:
             for sample, epoch in zip(samples.tolist(), epochs.tolist(), strict=True):
                 found.append(StepUse(sample // self.batch + 1, sample, epoch))
         return sorted(found, key=lambda use: use.sample)
-
-    def _find(self, document: str) -> tuple[int, int]:
-        name, _, index = document.rpartition(":")
-        stores = self.config.data.train
-        found = [i for i, store in enumerate(stores) if name in (store.source, store.path)]
-        if not index.isdecimal() or len(found) != 1:
-            known = ", ".join(f"{store.source} ({store.path})" for store in stores)
-            raise ConfigError(f"document: found {document!r}, expected SOURCE:INDEX with one of the run's: {known}")
-        num_documents = self.dataset.stores[found[0]].num_documents
-        if int(index) >= num_documents:
-            raise ConfigError(f"document: found {document!r}, but {name} has documents 0 to {num_documents - 1}")
-        return found[0], int(index)
 
     def _check(self, run_dir: Path) -> None:
         checkpoints = list_checkpoints(run_dir / "checkpoints")

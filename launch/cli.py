@@ -21,6 +21,7 @@ class Command:
     example: str
     config: tuple[type, str] | None = None
     notes: str = ""
+    more: tuple[type, str] | None = None  # keys of the command's own, where `config` is that of another command
 
 
 COMMANDS = {
@@ -141,6 +142,21 @@ COMMANDS = {
         notes="The model is made small (2 layers, width 128, vocabulary 500, dropout 0), with all its switches. No\n"
         "data is read. parallel.* and engine.* take several values with commas: all combinations are tried.",
     ),
+    "resume-check": Command(
+        "resume_check:resume_check",
+        "does an interruption change the numbers of my run?",
+        "megalite resume-check data.train=stores/books/train/books parallel=tp2 launch.nproc_per_node=2",
+        (schema.TrainConfig, "train"),
+        notes="Takes the keys of megalite train and runs them as they are (model, data, layout, precision, dropout)\n"
+        "for a few steps in temporary directories: straight through; stopped and resumed; killed with -9 and resumed.\n"
+        "Losses, gradient norms and every tensor of the last checkpoints are compared bit for bit. Your run_dir is\n"
+        "neither read nor written. Replaced: trainer.stop_after, log_every=1, when to save, and no evaluation; the\n"
+        "learning rate still follows trainer.steps.\n"
+        "Ranks run on this machine. For a training that needs more of them, train twice with your own launcher, with\n"
+        "trainer.log_every=1 and the same trainer.stop_after, one of the two interrupted and continued on the way,\n"
+        "and compare: megalite resume-check resume_check.compare=[outputs/straight,outputs/interrupted]",
+        more=(schema.ResumeCheckKeys, "resume_check"),
+    ),
     "doctor": Command(
         "doctor:doctor", "is this machine fit to run?", "megalite doctor", (schema.DoctorConfig, "doctor")
     ),
@@ -208,6 +224,8 @@ def _help(name: str) -> str:
     lines = [f"megalite {name}: {command.summary}", "", f"  {command.example}"]
     if command.notes:
         lines += ["", command.notes]
+    if command.more:
+        lines += ["", "keys of its own:", *describe_keys(*command.more)]
     if command.config:
         cls, primary = command.config
         if groups := describe_groups(cls):

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from megalite.checkpoint_format import require_checkpoint
+from megalite.checkpoint_folder import require_checkpoint
 from megalite.config.compose import compose_config, compose_train, config_values, config_yaml, flatten, read_config
 from megalite.config.place import Place, count_gpus
 from megalite.config.schema import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig

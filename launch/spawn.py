@@ -21,7 +21,9 @@ from typing import Any
 import xxhash
 
 from megalite.config.place import Place
-from megalite.errors import EXIT_FAILURE, MegaliteError
+from megalite.errors import EXIT_FAILURE, EXIT_REQUEUE, MegaliteError
+from megalite.guard.goodput import process_started
+from megalite.guard.signals import SIGNALS
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 10.0  # between the polite signal and the last one
@@ -31,8 +33,9 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
     """Run `target(place)` in `world_size` forked processes and wait for all; returns the exit code of the run.
 
     When one rank fails, the others, which wait for it in a collective, are ended, and the first failure's code is
-    returned. A `MegaliteError` is printed without a traceback, and once when several ranks raise the same. SIGINT and
-    SIGTERM are passed on to the ranks. A rank dies with its parent.
+    returned; ranks that were asked to stop each end in their own time. A `MegaliteError` is printed without a
+    traceback, and once when several ranks raise the same. SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks. A
+    rank dies with its parent.
     """
     context = multiprocessing.get_context("fork")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen on the loopback only
@@ -41,14 +44,19 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
         ranks = [
             context.Process(
                 target=_run,
-                args=(target, Place(r, r, world_size, world_size, init_method), os.getpid(), Path(folder)),
+                args=(
+                    target,
+                    Place(r, r, world_size, world_size, init_method, process_started()),
+                    os.getpid(),
+                    Path(folder),
+                ),
                 name=f"rank {r}",
             )
             for r in range(world_size)
         ]
         for process in ranks:
             process.start()
-        previous = {number: signal.signal(number, _forwarder(ranks)) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, _forwarder(ranks)) for number in SIGNALS}
         try:
             return _wait(ranks)
         finally:
@@ -62,8 +70,8 @@ def _run(target: Callable[[Place], None], place: Place, parent: int, folder: Pat
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(EXIT_FAILURE)  # the parent died before the line above
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     code = 0
     try:
         target(place)
@@ -96,15 +104,18 @@ def _is_first_to_say(message: str, folder: Path) -> bool:
 
 def _wait(ranks: Sequence[BaseProcess]) -> int:
     waiting: dict[Any, BaseProcess] = {process.sentinel: process for process in ranks}
+    code = 0
     while waiting:
         for sentinel in wait(list(waiting)):
             process = waiting.pop(sentinel)
             process.join()
-            if process.exitcode:
+            if process.exitcode == EXIT_REQUEUE:
+                code = EXIT_REQUEUE  # by agreement: the others come to it too
+            elif process.exitcode:
                 if process.exitcode < 0:
                     print(f"{process.name} was ended by {_describe_signal(-process.exitcode)}", file=sys.stderr)
                 return process.exitcode if process.exitcode > 0 else 128 - process.exitcode
-    return 0
+    return code
 
 
 def _describe_signal(number: int) -> str:

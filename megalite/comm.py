@@ -83,6 +83,11 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     return x if axis.size == 1 else _all_reduce(x.detach(), axis, op)
 
 
+def is_any(flag: bool, axis: Axis, device: torch.device) -> bool:
+    """Whether `flag` is true on any rank of the axis; waits for the device."""
+    return bool(all_reduce(torch.tensor(int(flag), device=device), axis, "max"))
+
+
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Every rank's `x` along `dim`, in rank order; no gradient flows through it."""
     return x if axis.size == 1 else all_gather_in(x, dim, axis.size, axis.group_name)

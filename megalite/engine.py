@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class StepResult:
     loss: torch.Tensor  # mean over all predicted tokens of the global batch, nats
     grad_norm: torch.Tensor | float  # global 2-norm before clipping
     applied: bool  # False: the gradients held inf or nan and the weights were left alone
+    requests: Callable[[], list[int]]  # see `Engine.train_step`; the same on every rank
 
 
 class Engine:
@@ -90,6 +91,11 @@ class Engine:
         """How far optimizer states (1), gradients (2) and parameters (3) are sharded over the data axis."""
         return self.config.engine.zero_stage
 
+    @property
+    def seeks_loss_scale(self) -> bool:
+        """Whether an overflow may be one of fp16's dynamic loss scale, which begins too high."""
+        return self.precision == "fp16" and self.optimizer.loss_scaler.cur_scale > 1
+
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Logical names and parameters, in an order that is the same on every rank."""
         return list(named_logical_parameters(self.model))
@@ -118,19 +124,25 @@ class Engine:
         if parameter.data.shape == value.shape:
             parameter.data.copy_(value)
 
-    def train_step(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Batch], step: int, learning_rate: float, requests: Sequence[int] = ()
+    ) -> StepResult:
         """Forward, backward and update over this data rank's micro batches of the global batch, of whole sequences.
 
         The loss is normalised by the number of predicted tokens of the whole global batch, counted before the first
         backward; DeepSpeed averages gradients over data and context, which is undone beforehand. `step` keys the
-        dropout.
+        dropout. `requests` are summed over all ranks with that count, for what ranks must agree on.
         """
         self.ds.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batches = [self._own_part(batch.to(self.mesh.device)) for batch in micro_batches]
         num_tokens = torch.stack([batch.mask_BS.sum() for batch in micro_batches]).sum()
-        num_tokens = all_reduce(num_tokens, self.mesh.replica)
+        asked = [torch.full((), request, device=self.mesh.device) for request in requests]
+        # Over tensor ranks too, which count the same tokens: each request may be of any one rank.
+        num_tokens, *agreed = all_reduce(torch.stack([num_tokens, *asked]), self.mesh.world).unbind()
+        num_tokens = (num_tokens // self.mesh.tensor.size).clamp(min=1)  # none where all documents are skipped
+        requested = _read_later(torch.stack(agreed)) if agreed else list
         loss = torch.zeros((), device=self.mesh.device)
         grad_norm: torch.Tensor | float | None = None
         for i, batch in enumerate(micro_batches):
@@ -140,11 +152,11 @@ class Engine:
             if self.zero_stage == 0 and i == len(micro_batches) - 1:
                 grad_norm = clip_grad_norm(self.model.parameters(), self.config.engine.grad_clip, self.mesh.tensor)
                 if not torch.isfinite(grad_norm):
-                    return self._skip_unsharded(loss, grad_norm)
+                    return self._skip_unsharded(loss, grad_norm, requested)
             self.ds.step()
         if grad_norm is None:
             grad_norm = self.ds.get_global_grad_norm()
-        return StepResult(all_reduce(loss, self.mesh.replica), grad_norm, self.ds.was_step_applied())
+        return StepResult(all_reduce(loss, self.mesh.replica), grad_norm, self.ds.was_step_applied(), requested)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
@@ -178,11 +190,28 @@ class Engine:
         seed_attention_stream(seed, step, micro_batch, mesh.replica.rank, mesh.tensor.rank)
         return micro_batch_key(seed, step, micro_batch, mesh.replica.rank, mesh.device)
 
-    def _skip_unsharded(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> StepResult:
+    def _skip_unsharded(
+        self, loss: torch.Tensor, grad_norm: torch.Tensor, requested: Callable[[], list[int]]
+    ) -> StepResult:
         """Without ZeRO, DeepSpeed does not look for inf and nan: drop the gradients here."""
         self.ds.zero_grad()
         self.ds.micro_steps += 1  # what step() would have counted, so that the next boundary falls right
-        return StepResult(all_reduce(loss, self.mesh.replica), grad_norm, False)
+        return StepResult(all_reduce(loss, self.mesh.replica), grad_norm, False, requested)
+
+
+def _read_later(values: torch.Tensor) -> Callable[[], list[int]]:
+    """The values on the host: the copy is queued now, and whoever asks waits for what was queued before it alone."""
+    if values.device.type == "cpu":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def _check_precision(deepspeed: Any, precision: str) -> None:
@@ -255,6 +284,7 @@ def preload() -> None:
     Not on a machine with GPUs: a process that has looked at one cannot hand it on to its forks.
     """
     _import_deepspeed("cpu")
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  its @torch.compile brings inductor: 2 s of a rank
     import torch._dynamo  # noqa: F401
 
 

@@ -12,6 +12,7 @@ EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_RESOURCE = 5
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
 class MegaliteError(Exception):
@@ -46,3 +47,9 @@ class ResourceError(MegaliteError):
     """The machine lacks something: a device, disk space, a process that stayed alive."""
 
     exit_code = EXIT_RESOURCE
+
+
+class Preempted(MegaliteError):  # noqa: N818  no error
+    """A signal asked the run to stop; it saved, and the same command continues."""
+
+    exit_code = EXIT_REQUEUE

@@ -78,6 +78,11 @@ class Mesh:
         return self.axis("data")
 
     @property
+    def world(self) -> Axis:
+        """All ranks: what they must agree on."""
+        return Axis("world", self.world_size, self.rank, dist.group.WORLD if self.axes[0].group else None)
+
+    @property
     def mpu(self) -> "Mpu":
         """The mesh under the method names that `deepspeed.initialize(mpu=...)` calls."""
         return Mpu(self)

@@ -6,12 +6,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint_format import Manifest, list_checkpoints, read_manifest
+from megalite.checkpoint_folder import list_checkpoints
+from megalite.checkpoint_format import Manifest, read_manifest
 from megalite.config.changes import check_changes
 from megalite.config.compose import config_values
 from megalite.config.schema import DataConfig, StoreConfig, TrainConfig
 from megalite.data.format import TokenStore
 from megalite.data.packing import PackedRows
+from megalite.data.skipping import skipped_documents
 from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.log import get_logger
 
@@ -28,6 +30,7 @@ def preflight(config: TrainConfig) -> TrainConfig:
     stores = [_open("data.train", store) for store in config.data.train]
     for store in stores:
         _check_units(store, config.data)
+    skipped_documents(config.data, stores)
     digests = [store.digest for store in stores]
     validation = [_open("data.validation", store) for store in config.data.validation]
     for store in validation:

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint import load_model
-from megalite.checkpoint_format import read_manifest, require_checkpoint
+from megalite.checkpoint_folder import require_checkpoint
+from megalite.checkpoint_format import read_manifest
 from megalite.config.loader import load_config
 from megalite.config.schema import ParallelConfig, TrainConfig
 from megalite.mesh import Mesh, build_mesh

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import xxhash
 
+from megalite.failpoints import failpoint
+
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -50,6 +52,7 @@ class TensorFileWriter:
             if kind is None:
                 assert self._left == 0, f"{self._left} bytes that the header announces were not written"
                 self._file.flush()
+                failpoint("before fsync")
                 os.fsync(self._file.fileno())
 
     @property

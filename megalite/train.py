@@ -11,7 +11,10 @@ from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import TrainConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.errors import ConfigError, MegaliteError, ResourceError
+from megalite.guard.goodput import GOODPUT, GoodputClock, format_goodput, process_started
 from megalite.guard.lock import RunLock
+from megalite.guard.signals import StopSignals
+from megalite.guard.vitals import Vitals
 from megalite.log import get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
@@ -46,11 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(config: TrainConfig, place: Place) -> None:
-    """Train `config`, validated, resolved and complete, as the rank at `place`."""
+    """Train `config`, validated, resolved and complete, as the rank at `place`.
+
+    Raises `Preempted` when a signal asked for a stop.
+    """
     device = pick_device(place)
     validate_train(config, place.world_size, device.type)
     run_dir = Path(config.run_dir)
     lock = RunLock(run_dir) if place.rank == 0 else None
+    clock = GoodputClock(place.started or process_started(), run_dir / GOODPUT if place.rank == 0 else None)
+    signals = StopSignals()
+    vitals = Vitals(clock, signals)
     start_process_group(place, device)
     try:
         if place.rank == 0:
@@ -58,8 +67,14 @@ def train(config: TrainConfig, place: Place) -> None:
         _check_agreement(config)
         setup_logging(place.rank, run_dir / "logs" / f"rank_{place.rank}.log")
         mesh = build_mesh(config.parallel, device)
-        Trainer(config, mesh).run()
+        trainer = Trainer(config, mesh, vitals)
+        try:
+            trainer.run()
+        finally:
+            if place.rank == 0:
+                log.info("where the time went, in all lives of the run:\n%s", format_goodput(clock.table()))
     finally:
+        signals.close()
         dist.destroy_process_group()
         if lock:
             lock.close()

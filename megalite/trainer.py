@@ -3,24 +3,24 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from megalite.checkpoint import Counters, agree_on_checkpoint, load_checkpoint, save_checkpoint
-from megalite.checkpoint_format import set_aside_newer
+from megalite.checkpoint import Counters, Saver, agree_on_checkpoint, checkpoint_bytes, load_checkpoint
+from megalite.checkpoint_folder import prune, set_aside_newer
+from megalite.comm import is_any
 from megalite.config.compose import save_config
 from megalite.config.schema import TrainConfig
-from megalite.data.dataset import build_dataset
+from megalite.data.feed import Feed
 from megalite.data.format import TokenStore
-from megalite.data.loader import Loader
-from megalite.data.prefetch import Prefetcher
 from megalite.engine import Engine, StepResult
-from megalite.errors import MegaliteError
+from megalite.errors import CheckpointError, MegaliteError, Preempted, ResourceError
+from megalite.guard.vitals import Vitals
 from megalite.log import get_logger
 from megalite.mesh import Mesh
 from megalite.metrics.accumulator import LossMeter
-from megalite.metrics.evaluation import evaluate_store
+from megalite.metrics.base import Row
+from megalite.metrics.evaluation import EvaluationInterrupted, evaluate_store
 from megalite.metrics.hardware import memory_bytes, mfu
 from megalite.metrics.recorder import Recorder
 from megalite.models import flops_per_token
@@ -29,78 +29,144 @@ from megalite.optim import learning_rate
 
 log = get_logger(__name__)
 
+_SHOWN_DOCUMENTS = 20  # of a step that was skipped for its numbers
+
 
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh):
+    def __init__(self, config: TrainConfig, mesh: Mesh, vitals: Vitals):
         """Build everything the loop needs, and load the checkpoint to continue from."""
-        self.config = config
-        self.mesh = mesh
+        self.config, self.mesh, self.vitals = config, mesh, vitals
         self.run_dir = Path(config.run_dir)
+        vitals.enter("start", "engine")
         self.engine = Engine(config, mesh)
-        self.loader = self._build_loader()
-        end_of_document = self.loader.dataset.stores[0].manifest.end_of_document
+        self.saver = Saver(self.engine, self.run_dir)
+        vitals.enter("start", "data")
+        self.feed = Feed(config, mesh)
+        end_of_document = self.feed.dataset.stores[0].manifest.end_of_document
         self.objective = build_objective(config.objective, config.data, end_of_document)
         self.validation = [(store.source, TokenStore.open(store.path)) for store in config.data.validation]
+        vitals.enter("start", "weights")
+        self.meter = LossMeter(mesh.device)
         self.counters = self._resume()
         self.last_step = min(config.trainer.steps, config.trainer.stop_after or config.trainer.steps)
         if self.counters.step >= self.last_step:
             log.info("the run stands at step %d of %d: nothing to do", self.counters.step, self.last_step)
-        self.meter = LossMeter(mesh.device)
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._check_space()
         self._write_descriptions()
 
     def run(self) -> None:
-        """Train until `trainer.stop_after` or the end, log, evaluate and save on the way."""
-        recorder = Recorder(self.config, self.mesh, self.counters.step)
-        self._log_sources()
-        self._logged_at, self._logged_step, self._logged_wait = time.perf_counter(), self.counters.step, 0.0
-        self.batches = self._prefetch()
+        """Train until `trainer.stop_after` or the end, log, evaluate and save on the way.
+
+        Raises `Preempted` when a signal came, with everything saved.
+        """
+        config, counters = self.config, self.counters
+        self.vitals.begin(counters.step)
+        self.recorder = Recorder(config, self.mesh, counters.step)
+        if self.mesh.rank == 0:
+            self.feed.log_use(counters.step, counters.samples_consumed, self.last_step)
+        self.feed.start(counters.samples_consumed, range(counters.step + 1, self.last_step + 1))
+        self._logged_at, self._logged_step, self._logged_wait = time.perf_counter(), counters.step, 0.0
         try:
-            while self.counters.step < self.last_step:
-                result = self._step()
-                recorder.advance()
-                saves = self._is_due(self.config.checkpoint.save_every)
-                # A save has a row: what follows it averages the same steps whether or not the run was stopped here.
-                row = self._training_row(result) if saves or self._is_due(self.config.trainer.log_every) else {}
-                if self._is_due(self.config.trainer.eval_every):
-                    row |= self._evaluate()
-                if row:
-                    recorder.log(self.counters.step, row)
-                # After the row: a run killed in between repeats the step and its row, and loses neither.
-                if saves:
-                    self._save()
-            self._log_sources()
+            if counters.evaluation_due:  # the run was stopped before it had
+                self._conclude_step({}, evaluates=True, stops=False)
+            while counters.step < self.last_step:
+                if self.feed.leaves_out(counters.step + 1):
+                    self._count_samples()
+                    stops, row = False, {}
+                else:
+                    result = self._step()
+                    stops = self._settle(result)
+                    row = self._training_row(result) if self._is_due(config.trainer.log_every) else {}
+                self.recorder.advance()
+                self._conclude_step(row, self._is_due(config.trainer.eval_every), stops)
+            self._try_to_save(self.saver.finish, is_last=True)
+            if self.mesh.rank == 0:
+                self.feed.log_use(counters.step, counters.samples_consumed, self.last_step)
         finally:
-            self.batches.close()
-            recorder.close()
+            self.vitals.enter("other")
+            self.feed.close()
+            self.recorder.close()
+            self.vitals.mark(counters.step)
 
     def _step(self) -> StepResult:
         """One optimizer step over the global batch."""
         step, trainer = self.counters.step, self.config.trainer
-        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, step, trainer.steps)
+        self._learning_rate = learning_rate(self.config.schedule, self.config.optimizer.lr, step, trainer.steps)
+        self.vitals.enter("data", step=step + 1)
+        samples = self.feed.next()
+        self.vitals.enter("step")
         # To the device first: cutting a pinned tensor on the host would make copies that are not pinned.
-        samples = [ids.to(self.mesh.device, non_blocking=True) for ids in self.batches.next()]
-        batches = [self.objective.batch(ids) for ids in samples]
-        result = self.engine.train_step(batches, step, rate)
+        batches = [self.objective.batch(ids.to(self.mesh.device, non_blocking=True)) for ids in samples]
+        requests = bool(self.vitals.stop_signal), self.saver.is_busy
+        result = self.engine.train_step(batches, step, self._learning_rate, requests)
         self.meter.add(result.loss)
-        self._count(result)
-        self._learning_rate = rate
         return result
 
-    def _count(self, result: StepResult) -> None:
-        counters, trainer = self.counters, self.config.trainer
+    def _settle(self, result: StepResult) -> bool:
+        """Count the step, and go on with what all ranks have agreed on in it; returns whether the run is to stop."""
+        self._count_samples()
+        self._count_skipped(result)
+        stops, writing = result.requests()
+        if self.saver.is_pending and not writing:
+            self._try_to_save(self.saver.advance)
+        self.vitals.enter("other")
+        return bool(stops)
+
+    def _conclude_step(self, row: Row, evaluates: bool, stops: bool) -> None:
+        """Evaluate, log and save what is due at this step. Raises `Preempted` if the run `stops`."""
+        counters, checkpoint = self.counters, self.config.checkpoint
+        evaluation: dict[str, float] = {}
+        counters.evaluation_due = evaluates
+        if evaluates and not stops:
+            try:
+                evaluation = self._evaluate()
+                counters.evaluation_due = False
+            except EvaluationInterrupted:
+                stops = True
+        if row or evaluation:
+            self.recorder.log(counters.step, {**row, **evaluation})
+            self.vitals.mark(counters.step)
+        # After the row: a run killed in between repeats the step and its row, and loses neither.
+        lasts = stops or self._is_due(checkpoint.save_every)
+        if lasts or (checkpoint.ephemeral_every and self._is_due(checkpoint.ephemeral_every)):
+            self._save(evaluation, ephemeral=not lasts, is_last=stops or counters.step == self.last_step)
+        if stops and (counters.step < self.last_step or counters.evaluation_due):
+            raise Preempted(
+                f"stopped by a signal at step {counters.step} of {self.last_step}: it is saved, and the same command "
+                "goes on"
+            )
+
+    def _count_samples(self) -> None:
+        counters, batch = self.counters, self.config.trainer.global_batch_size
         counters.step += 1
-        counters.samples_consumed += trainer.global_batch_size
-        counters.tokens_seen += trainer.global_batch_size * self.config.data.sequence_length
+        counters.samples_consumed += batch
+        counters.tokens_seen += batch * self.config.data.sequence_length
+
+    def _count_skipped(self, result: StepResult) -> None:
+        counters, trainer = self.counters, self.config.trainer
         if result.applied:
             counters.skipped_in_a_row = 0
             return
         counters.skipped_steps += 1
         counters.skipped_in_a_row += 1
-        log.warning("step %d was skipped: inf or nan in the gradients", counters.step)
-        # fp16 starts with a scale that is too high and skips until it fits; that is no failure.
+        if self.engine.seeks_loss_scale:
+            log.warning("step %d was skipped: fp16 overflowed; the loss scale is lowered", counters.step)
+            return
+        samples = range(counters.samples_consumed - trainer.global_batch_size, counters.samples_consumed)
+        documents = self.feed.documents(samples)
+        log.warning(
+            "step %d was skipped: inf or nan in the gradients. Its batch holds %d documents: %s%s. To leave it out in "
+            "another try: data.skip_steps=[[%d,%d]]",
+            counters.step,
+            len(documents),
+            ", ".join(documents[:_SHOWN_DOCUMENTS]),
+            ", ..." if len(documents) > _SHOWN_DOCUMENTS else "",
+            counters.step,
+            counters.step,
+        )
         if counters.skipped_in_a_row >= trainer.max_skipped_steps:
             raise MegaliteError(
                 f"{counters.skipped_in_a_row} steps in a row were skipped for inf or nan in the gradients (the last is "
@@ -117,8 +183,8 @@ class Trainer:
         loss = self.meter.take()
         now, steps = time.perf_counter(), self.counters.step - self._logged_step
         seconds = (now - self._logged_at) / steps
-        wait = (self.batches.wait_seconds - self._logged_wait) / steps
-        self._logged_at, self._logged_step, self._logged_wait = now, self.counters.step, self.batches.wait_seconds
+        wait = (self.feed.wait_seconds - self._logged_wait) / steps
+        self._logged_at, self._logged_step, self._logged_wait = now, self.counters.step, self.feed.wait_seconds
         tokens_a_step = self.config.trainer.global_batch_size * self.config.data.sequence_length
         return {
             "loss": loss,
@@ -134,20 +200,40 @@ class Trainer:
         }
 
     def _evaluate(self) -> dict[str, float]:
-        """Every validation source; the time it takes does not count as step time."""
+        """Every validation source; the time it takes does not count as step time. Raises `EvaluationInterrupted`."""
+        self.vitals.enter("evaluate")
         started = time.perf_counter()
         row: dict[str, float] = {}
         for source, store in self.validation:
             rows = self.config.trainer.micro_batch_size
-            row |= evaluate_store(self.engine.evaluate, self.objective, store, source, self.mesh, rows)
+            row |= evaluate_store(
+                self.engine.evaluate, self.objective, store, source, self.mesh, rows, self._is_interrupted
+            )
         self._logged_at += time.perf_counter() - started
+        self.vitals.enter("other")
         return row
 
-    def _save(self) -> None:
+    def _is_interrupted(self) -> bool:
+        return is_any(bool(self.vitals.stop_signal), self.mesh.world, self.mesh.device)
+
+    def _save(self, evaluation: dict[str, float], ephemeral: bool, is_last: bool) -> None:
         started = time.perf_counter()
-        folder = save_checkpoint(self.engine, self.run_dir, self.counters)
-        log.info("saved %s", folder)
+        self.counters.loss_sum, self.counters.loss_count = self.meter.state()
+        self._try_to_save(lambda: self.saver.save(self.counters, evaluation, ephemeral), is_last)
+        if is_last:
+            self._try_to_save(self.saver.finish, is_last)
         self._logged_at += time.perf_counter() - started
+
+    def _try_to_save(self, work: Callable[[], None], is_last: bool = False) -> None:
+        """Do a part of saving; what to do about an error is for `checkpoint.on_save_error` to say."""
+        self.vitals.enter("save")
+        try:
+            work()
+        except CheckpointError as error:
+            if is_last or self.config.checkpoint.on_save_error != "continue":
+                raise
+            log.warning("%s; training goes on to the next save, the checkpoints before are untouched", error)
+        self.vitals.enter("other")
 
     def _resume(self) -> Counters:
         folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir)
@@ -156,44 +242,25 @@ class Trainer:
             counters = Counters()
         else:
             counters = load_checkpoint(self.engine, folder)
+            self.meter.restore(counters.loss_sum, counters.loss_count)
             log.info("continuing from %s", folder)
+        checkpoints = self.run_dir / "checkpoints"
         if self.mesh.rank == 0:
-            set_aside_newer(self.run_dir / "checkpoints", counters.step)
+            set_aside_newer(checkpoints, counters.step)
+            if folder and folder.parent == checkpoints:
+                prune(checkpoints, self.config.checkpoint)  # what a kill left of the last save
         return counters
 
-    def _build_loader(self) -> Loader:
-        config, data = self.config, self.mesh.data
-        trainer = config.trainer
-        dataset = build_dataset(config.data, trainer.global_batch_size, config.seed)
-        num_sequences = sum(view.num_units for view in dataset.views)
-        if num_sequences < trainer.global_batch_size:
-            log.warning(
-                "the training stores hold %d sequences of %d tokens, fewer than trainer.global_batch_size=%d: every "
-                "step repeats some",
-                num_sequences,
-                config.data.sequence_length,
-                trainer.global_batch_size,
-            )
-        pin = self.mesh.device.type == "cuda"
-        return Loader(dataset, trainer.global_batch_size, trainer.micro_batch_size, data.rank, data.size, pin)
-
-    def _prefetch(self) -> Prefetcher[list[torch.Tensor]]:
-        """Every step's micro batches from here to the last, read ahead."""
-        start, batch = self.counters.samples_consumed, self.config.trainer.global_batch_size
-        starts = range(start, start + (self.last_step - self.counters.step) * batch, batch)
-        return Prefetcher(self.loader.micro_batches, starts, self.config.data.prefetch)
-
-    def _log_sources(self) -> None:
-        """What the run has drawn from every training store, and what it will have drawn in the end."""
-        step, data, samples = self.counters.step, self.config.data, self.counters.samples_consumed
+    def _check_space(self) -> None:
+        """Raise `ResourceError` when the disk cannot hold a checkpoint; better now than at the first save."""
         if self.mesh.rank != 0:
             return
-        dataset = self.loader.dataset
-        in_the_end = dataset.use(samples + (self.last_step - step) * self.config.trainer.global_batch_size)
-        for store, use, later in zip(data.train, dataset.use(samples), in_the_end, strict=True):
-            tokens = use.samples * data.sequence_length
-            text = f"step {step}: {store.source}: {tokens:,} tokens drawn, {use.epochs:.2f} epochs"
-            log.info(text if step == self.last_step else f"{text}; {later.epochs:.2f} by step {self.last_step}")
+        needed, free = checkpoint_bytes(self.engine), shutil.disk_usage(self.run_dir).free
+        text = f"run_dir: a checkpoint takes {needed / 1e9:.2f} GB, the disk of {self.run_dir} has {free / 1e9:.2f} GB"
+        if free < needed:
+            raise ResourceError(f"{text} free; make room, or choose a run_dir on another disk")
+        if free < needed * (self.config.checkpoint.keep + 1):
+            log.warning("%s free: too little for checkpoint.keep=%d and the next", text, self.config.checkpoint.keep)
 
     def _write_descriptions(self) -> None:
         """What a person, or a later command, wants beside the checkpoints.

@@ -4,11 +4,8 @@ import json
 import pytest
 import xxhash
 
-from megalite import checkpoint_format
-from megalite.checkpoint_format import (
-    KINDS,
-    FileEntry,
-    Manifest,
+from megalite import checkpoint_folder, checkpoint_format
+from megalite.checkpoint_folder import (
     checkpoint_name,
     choose_checkpoint,
     commit,
@@ -16,11 +13,17 @@ from megalite.checkpoint_format import (
     list_checkpoints,
     newest_checkpoint,
     prune,
+)
+from megalite.checkpoint_format import (
+    KINDS,
+    FileEntry,
+    Manifest,
     read_manifest,
     verify_file,
     write_file,
     write_manifest,
 )
+from megalite.config.schema import CheckpointConfig
 from megalite.errors import CheckpointError
 
 
@@ -59,7 +62,7 @@ def checkpoints(run_dir):
 def warnings(monkeypatch):
     """Messages that were logged as warnings."""
     messages = []
-    monkeypatch.setattr(checkpoint_format.log, "warning", lambda text, *values: messages.append(text % values))
+    monkeypatch.setattr(checkpoint_folder.log, "warning", lambda text, *values: messages.append(text % values))
     return messages
 
 
@@ -79,7 +82,7 @@ def test_what_is_saved_is_what_is_read(checkpoints):
     assert sorted(p.name for p in checkpoints.iterdir()) == ["latest", "step_00000100"]
 
 
-@pytest.mark.parametrize("failing", ["write_file", "sync_directory"])
+@pytest.mark.parametrize("failing", ["write_manifest", "sync_directory"])
 def test_an_interrupted_save_is_no_checkpoint_and_leaves_the_last_one(checkpoints, run_dir, monkeypatch, failing):
     first = save(checkpoints, 10)
     calls = []
@@ -89,7 +92,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_leaves_the_last_one(checkpoint
         raise OSError(28, "No space left on device")
 
     temporary = create_temporary(checkpoints, 20)
-    monkeypatch.setattr(checkpoint_format, failing, fail)
+    monkeypatch.setattr(checkpoint_folder, failing, fail)
     with pytest.raises(OSError, match="No space left"):
         commit(temporary, manifest(20))
     assert calls
@@ -101,15 +104,15 @@ def test_the_final_name_appears_only_when_everything_is_there(checkpoints, monke
     """The order of a commit: manifest, sync, rename; a reader never sees the name without its content."""
     temporary = create_temporary(checkpoints, 5)
     seen = []
-    real = checkpoint_format.sync_directory
+    real = checkpoint_folder.sync_directory
 
     def watch(folder):
         seen.append((folder.name, (temporary / "manifest.json").is_file(), (checkpoints / "step_00000005").exists()))
         real(folder)
 
-    monkeypatch.setattr(checkpoint_format, "sync_directory", watch)
+    monkeypatch.setattr(checkpoint_folder, "sync_directory", watch)
     commit(temporary, manifest(5))
-    assert seen == [(temporary.name, True, False), ("checkpoints", False, True)]
+    assert seen == [(temporary.name, True, False), *[("checkpoints", False, True)] * 2]
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints):
@@ -127,10 +130,10 @@ def test_prune_keeps_the_newest_and_clears_what_interrupted_saves_left(checkpoin
     kept = [checkpoints / name for name in ("notes.txt", "step_mine", "step_00000007.bak")]
     for path in kept:
         path.mkdir()
-    prune(checkpoints, 2)
+    prune(checkpoints, CheckpointConfig(keep=2))
     assert list_checkpoints(checkpoints) == [folders[3], folders[4]]
     assert sorted(checkpoints.iterdir()) == sorted([*kept, folders[3], folders[4], checkpoints / "latest"])
-    prune(checkpoints, 5)
+    prune(checkpoints, CheckpointConfig(keep=5))
     assert list_checkpoints(checkpoints) == [folders[3], folders[4]]
 
 
@@ -150,6 +153,10 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def cut_to_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def grow(path):
     path.write_bytes(path.read_bytes() + b"\0")
 
@@ -164,13 +171,33 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def zero_a_page(path):
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4096] = bytes(len(data[middle : middle + 4096]))
+    path.write_bytes(data)
+
+
 def gone(path):
     path.unlink()
 
 
-DAMAGES = [cut, grow, flip, empty, gone]
-SAYS = {cut: "bytes, the manifest says", grow: "bytes, the manifest says", flip: "its digest is", gone: "is missing",
-        empty: "found 0 bytes"}  # fmt: skip
+def swapped(path):
+    """With the file of another kind, of the same size."""
+    other = next(p for p in sorted(path.parent.glob("*.safetensors")) if p != path)
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def of_another_run(path):
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+DAMAGES = [cut, cut_to_half, grow, flip, zero_a_page, empty, gone, of_another_run]
+SIZE = "bytes, the manifest says"
+SAYS = {cut: SIZE, cut_to_half: SIZE, grow: SIZE, flip: "its digest is", zero_a_page: "its digest is",
+        gone: "is missing", empty: "found 0 bytes", of_another_run: "its digest is"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,12 +217,20 @@ def test_a_damaged_newest_falls_back_with_one_warning(run_dir, checkpoints, warn
     assert newest_checkpoint(run_dir) == newest
     damage(newest / file)
     assert newest_checkpoint(run_dir) == older
-    if (damage, file) == (gone, "manifest.json"):
-        assert warnings == [], "without a manifest it was never whole"
-    else:
-        assert len(warnings) == 1
-        assert file in warnings[0]
-        assert warnings[0].endswith("; falling back to an older checkpoint")
+    assert len(warnings) == 1
+    assert file in warnings[0]
+    assert warnings[0].endswith("; falling back to step_00000010")
+
+
+def test_files_that_changed_places_and_a_manifest_of_another_step(run_dir, checkpoints, warnings):
+    older, newest = save(checkpoints, 10), save(checkpoints, 20)
+    swapped(newest / "weight-00000.safetensors")
+    assert newest_checkpoint(run_dir) == older
+    swapped(newest / "weight-00000.safetensors")
+    assert newest_checkpoint(run_dir) == newest
+    (newest / "manifest.json").write_bytes((older / "manifest.json").read_bytes())
+    assert newest_checkpoint(run_dir) == older
+    assert "is of step 10" in warnings[-1]
 
 
 def test_none_whole_is_an_error_and_none_at_all_is_not(run_dir, checkpoints, warnings):
@@ -205,7 +240,7 @@ def test_none_whole_is_an_error_and_none_at_all_is_not(run_dir, checkpoints, war
         flip(save(checkpoints, step) / "weight-00000.safetensors")
     for choose in (newest_checkpoint, lambda run: choose_checkpoint("auto", run)):
         with pytest.raises(
-            CheckpointError, match=r"holds 2 checkpoint\(s\) and none is whole; .*checkpoint\.resume=never"
+            CheckpointError, match=r"and no whole checkpoint \(.*its digest is.*\); .*checkpoint\.resume=never"
         ):
             choose(run_dir)
     assert choose_checkpoint("never", run_dir) is None
@@ -301,3 +336,60 @@ def test_the_manifest_is_plain_json(checkpoints):
     values = json.loads((save(checkpoints, 10) / "manifest.json").read_text())
     assert set(values) == {"digest", *(field.name for field in dataclasses.fields(Manifest))}
     assert set(values["files"][0]) == {field.name for field in dataclasses.fields(FileEntry)}
+
+
+def test_a_run_that_had_checkpoints_does_not_start_over_in_silence(run_dir, checkpoints):
+    folder = save(checkpoints, 10)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds latest, step_00000010 and no whole checkpoint .*no manifest"):
+        newest_checkpoint(run_dir)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    with pytest.raises(CheckpointError, match=r"holds latest and no whole checkpoint; restore one, or start over"):
+        newest_checkpoint(run_dir)
+    (checkpoints / "latest").rename(checkpoints / "latest.tmp")  # what a first save that was killed may leave
+    create_temporary(checkpoints, 20)
+    assert newest_checkpoint(run_dir) is None
+
+
+def steps(checkpoints):
+    return [int(folder.name[5:]) for folder in list_checkpoints(checkpoints)]
+
+
+def save_evaluated(checkpoints, step, loss=None, ephemeral=False):
+    evaluation = {} if loss is None else {"eval/a/loss": loss, "eval/b/loss": 2 * loss, "eval/a/perplexity": 1 / loss}
+    entry = manifest(step, evaluation=evaluation, ephemeral=ephemeral)
+    return commit(create_temporary(checkpoints, step), entry)
+
+
+def test_what_is_kept(checkpoints):
+    for step, loss in [(10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, None)]:
+        save_evaluated(checkpoints, step, loss)
+    save_evaluated(checkpoints, 55, ephemeral=True)
+    prune(checkpoints, CheckpointConfig(keep=2, keep_every=30, keep_best=True))
+    assert steps(checkpoints) == [20, 30, 40, 50, 55], "the best, the multiples, the last two, and the newest of all"
+    prune(checkpoints, CheckpointConfig(keep=2, keep_best=True))
+    assert steps(checkpoints) == [20, 40, 50, 55]
+    save_evaluated(checkpoints, 58, ephemeral=True)
+    prune(checkpoints, CheckpointConfig(keep=1))
+    assert steps(checkpoints) == [50, 58], "an ephemeral one goes when a newer one is there"
+
+
+def test_what_cannot_be_read_is_not_removed(checkpoints):
+    folders = [save_evaluated(checkpoints, step) for step in (10, 20, 30)]
+    flip(folders[0] / "manifest.json")
+    prune(checkpoints, CheckpointConfig(keep=1))
+    assert steps(checkpoints) == [10, 30]
+
+
+def test_a_removal_that_is_killed_leaves_nothing_under_a_checkpoints_name(checkpoints, monkeypatch):
+    for step in (10, 20):
+        save_evaluated(checkpoints, step)
+    monkeypatch.setattr(checkpoint_folder.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune(checkpoints, CheckpointConfig(keep=1))
+    assert steps(checkpoints) == [20]
+    monkeypatch.undo()
+    prune(checkpoints, CheckpointConfig(keep=1))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000020"]

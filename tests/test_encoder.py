@@ -1,6 +1,7 @@
 """The fast engine gives the reference's ids, or is not used."""
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -58,6 +59,18 @@ def test_the_reference_by_name(byte_level):
     again, counts_again = Encoder(byte_level, "gigatoken").encode(texts())
     assert ids.tolist() == again.tolist()
     assert counts.tolist() == counts_again.tolist()
+
+
+def test_forgetting_gives_memory_back_and_changes_no_id(byte_level):
+    encoder = Encoder(byte_level)
+    before = encoder.encode(texts())[0].tolist()
+    engine = weakref.ref(encoder._fast)
+    encoder.forget()
+    assert engine() is None, "the engine and its words are still there"
+    assert encoder.encode(texts())[0].tolist() == before
+    reference = Encoder(byte_level, "reference")
+    reference.forget()  # has nothing to forget
+    assert reference.encode(texts())[0].tolist() == before
 
 
 def test_a_tokenizer_that_the_engine_does_not_know(tmp_path):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megalite.checkpoint_format import Manifest, commit, create_temporary, read_manifest
+from megalite.checkpoint_folder import commit, create_temporary
+from megalite.checkpoint_format import Manifest, read_manifest
 from megalite.config.compose import compose_train, config_values
 from megalite.config.schema import WeightsConfig
 from megalite.data.format import TokenStore

@@ -12,7 +12,7 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 
-from megalite.checkpoint import save
+from megalite.checkpoint import saver
 from megalite.checkpoint_format import read_manifest, write_manifest
 from megalite.config.compose import read_config
 from megalite.data.files import digest_file
@@ -74,7 +74,8 @@ def perturbed_is_seen(config, straight, tmp_path) -> None:
     name = next(name for name in tensors if name.endswith("qkv.weight"))
     tensors[name].view(-1)[0] += 0.01
     save_file(tensors, folder / entry.name)
-    changed = dataclasses.replace(entry, digest=digest_file(folder / entry.name))
+    path = folder / entry.name
+    changed = dataclasses.replace(entry, digest=digest_file(path), num_bytes=path.stat().st_size)
     manifest = read_manifest(folder)
     files = [changed if file.name == entry.name else file for file in manifest.files]
     write_manifest(folder, dataclasses.replace(manifest, files=files))
@@ -114,7 +115,7 @@ def test_what_a_run_leaves_behind(store, tmp_path):
     )
     rows = train_on_ranks(config, 2)
     assert {path.name for path in run_dir.iterdir()} == {
-        "checkpoints", "config.yaml", "ds_config.json", "logs", "metrics.jsonl",
+        "checkpoints", "config.yaml", "ds_config.json", "goodput.jsonl", "logs", "metrics.jsonl",
         "run.lock",
     }  # fmt: skip
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step_00000006"}
@@ -122,12 +123,12 @@ def test_what_a_run_leaves_behind(store, tmp_path):
     assert read_config(run_dir / "config.yaml") == config
     ds_config = json.loads((run_dir / "ds_config.json").read_text())
     assert ds_config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
-    assert [row["step"] for row in rows] == [3, 4, 5, 6]  # evaluated, logged, saved, the last
+    assert [row["step"] for row in rows] == [3, 4, 6]  # evaluated, logged, the last
     assert set(rows[0]) == {"step", "eval/again/loss", "eval/again/perplexity", "eval/again/bits_per_byte"}
     assert {"step", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "step_seconds",
             "data_wait_seconds", "mfu", "memory_bytes", "skipped_steps"} == set(rows[1])  # fmt: skip
     assert rows[1]["tokens_seen"] == 4 * 8 * 32
-    assert rows[3]["eval/again/perplexity"] == pytest.approx(math.exp(rows[3]["eval/again/loss"]))
+    assert rows[2]["eval/again/perplexity"] == pytest.approx(math.exp(rows[2]["eval/again/loss"]))
 
 
 def test_a_finished_run_does_nothing_more(store, tmp_path):
@@ -266,7 +267,7 @@ def full_disk(temporary, manifest):
 
 def test_a_save_that_fails_on_rank_0_ends_every_rank_with_its_reason(store, tmp_path, monkeypatch, capfd):
     config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2})
-    monkeypatch.setattr(save, "commit", full_disk)
+    monkeypatch.setattr(saver, "commit", full_disk)
 
     def rank_main(place):
         with pytest.raises(CheckpointError, match="rank 0 could not write a checkpoint"):
@@ -321,3 +322,187 @@ def test_a_shard_cut_during_the_run_ends_it_with_its_name(tmp_path, capfd):
     assert spawn_ranks(rank_main, 1) == DataError.exit_code
     assert "tokens_00000.bin has 100 bytes" in capfd.readouterr().err
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_an_asynchronous_save_is_the_same_checkpoint(store, tmp_path):
+    """Tensor 2 x data 2, ZeRO 1, every step, so that a save waits for the one before."""
+
+    def digests(name, **checkpoint):
+        config = tiny_config(
+            tmp_path / name,
+            store,
+            model=SMALL,
+            parallel={"tensor": 2},
+            trainer={"steps": 4},
+            checkpoint={"save_every": 1, "keep": 9} | checkpoint,
+        )
+        train_on_ranks(config, 4)
+        folders = sorted((tmp_path / name / "checkpoints").glob("step_*"))
+        return {folder.name: [entry.digest for entry in read_manifest(folder).files] for folder in folders}
+
+    at_once = digests("at_once")
+    assert sorted(at_once) == [f"step_{step:08d}" for step in (1, 2, 3, 4)]
+    assert digests("asynchronous", asynchronous=True) == at_once
+
+
+def test_ephemeral_and_lasting_checkpoints(store, tmp_path):
+    """Saved at every step, to be kept at multiples of four and where the run was stopped."""
+    checkpoint = {"save_every": 4, "ephemeral_every": 1, "keep": 2}
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 8}, checkpoint=checkpoint)
+    for stop_after, kept in ((3, [3]), (6, [4, 6]), (8, [6, 8])):
+        train_on_ranks(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, stop_after=stop_after)), 1)
+        folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+        assert folders == [f"step_{step:08d}" for step in kept]
+    log = (tmp_path / "run/logs/rank_0.log").read_text()
+    assert all(f"checkpoints/step_{step:08d}" in log for step in range(1, 9))
+
+
+def fail_writes_of(step, times, monkeypatch):
+    """Every file of the step's checkpoint finds a full disk, so many times."""
+    write, left = saver._write_tensors, {}
+
+    def full(folder, name, kind, tensors):
+        if folder.name.startswith(f"step_{step:08d}") and left.setdefault(name, times):
+            left[name] -= 1
+            raise OSError(28, "No space left on device")
+        return write(folder, name, kind, tensors)
+
+    monkeypatch.setattr(saver, "_write_tensors", full)
+    monkeypatch.setattr(saver, "RETRY_SECONDS", (0.01, 0.01))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("policy", "code", "left"), [("continue", 0, [2, 6]), ("stop", 4, [2]), ("retry", 4, [2])])
+def test_a_full_disk(store, tmp_path, monkeypatch, capfd, policy, code, left, asynchronous):
+    """Of three saves the second finds no room; the first stays, nothing half-written does."""
+    checkpoint = {"save_every": 2, "keep": 9, "on_save_error": policy, "asynchronous": asynchronous}
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 6}, checkpoint=checkpoint)
+    fail_writes_of(4, 99, monkeypatch)
+    assert spawn_ranks(lambda place: train(preflight(config), place), 2) == code
+    folders = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.name != "latest")
+    assert folders == [f"step_{step:08d}" for step in left]
+    errors = capfd.readouterr().err
+    log = (tmp_path / "run/logs/rank_0.log").read_text()
+    assert "No space left on device" in (errors if code else log)
+
+
+def test_a_disk_that_has_room_again_is_tried_again(store, tmp_path, monkeypatch):
+    checkpoint = {"on_save_error": "retry"}
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2}, checkpoint=checkpoint)
+    fail_writes_of(2, 2, monkeypatch)
+    train_on_ranks(config, 1)
+    assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").is_file()
+
+
+def test_the_last_save_must_succeed(store, tmp_path, monkeypatch, capfd):
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2})
+    fail_writes_of(2, 99, monkeypatch)
+    assert spawn_ranks(lambda place: train(preflight(config), place), 1) == CheckpointError.exit_code
+    assert "No space left on device" in capfd.readouterr().err
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_said_before_the_first_step(store, tmp_path, monkeypatch, capfd):
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    assert spawn_ranks(lambda place: train(preflight(config), place), 1) == 5
+    assert re.search(r"run_dir: a checkpoint takes 0\.00 GB, the disk of .* 0\.00 GB free", capfd.readouterr().err)
+    monkeypatch.undo()
+    train_on_ranks(config, 1)
+    size = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/step_00000002").iterdir())
+    said = []
+    from megalite.checkpoint import checkpoint_bytes
+
+    monkeypatch.setattr("megalite.trainer.checkpoint_bytes", lambda engine: said.append(checkpoint_bytes(engine)) or 0)
+    assert spawn_ranks(lambda place: (train(preflight(config), place), os._exit(abs(said[0] - size) > size / 10)), 1) == 0
+
+
+def test_a_checkpoint_with_nan_is_never_published(store, tmp_path, monkeypatch, capfd):
+    """One rank's moment of one parameter goes bad after the last step: gradients and loss were fine."""
+    get_tensor = saver.get_tensor
+
+    def spoilt(engine, parameter, kind):
+        value = get_tensor(engine, parameter, kind)
+        if kind == "exp_avg" and parameter is engine.parameters()[3][1]:
+            value = value.clone()
+            value.view(-1)[5] = math.nan
+        return value
+
+    monkeypatch.setattr(saver, "get_tensor", spoilt)
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2})
+    assert spawn_ranks(lambda place: train(preflight(config), place), 2) == CheckpointError.exit_code
+    assert re.search(r"not saved: exp_avg of \S+ of 1 tensors holds inf or nan", capfd.readouterr().err)
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_batch_with_nan_is_skipped_on_all_ranks_and_named(store, tmp_path, monkeypatch, zero_stage):
+    """NaN in one rank's loss of one step: every rank's weights stay, and the log names what the batch held."""
+    summed_loss = Engine._summed_loss
+    calls = [0]
+
+    def spoilt(engine, *args):
+        calls[0] += 1
+        bad = calls[0] == 3 and engine.mesh.rank == 1
+        return summed_loss(engine, *args) * (math.nan if bad else 1.0)
+
+    def config(name, **changes):
+        return tiny_config(
+            tmp_path / name,
+            store,
+            model=SMALL,
+            engine={"zero_stage": zero_stage},
+            trainer={"steps": 3, "micro_batch_size": 4},
+            checkpoint={"save_every": 1, "keep": 9},
+            **changes,
+        )
+
+    monkeypatch.setattr(Engine, "_summed_loss", spoilt)
+    rows = train_on_ranks(config("run"), 2)
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1]
+    digests = [
+        {entry.name: entry.digest for entry in read_manifest(tmp_path / f"run/checkpoints/step_0000000{n}").files}
+        for n in (2, 3)
+    ]
+    assert digests[0] == digests[1], "the skipped step changed weights or moments"
+    log = (tmp_path / "run/logs/rank_0.log").read_text()
+    assert re.search(r"step 3 was skipped: .* Its batch holds \d+ documents: words:\d+, .*skip_steps=\[\[3,3\]\]", log)
+
+
+def test_steps_that_are_left_out(store, tmp_path):
+    """The batch of step 2 is as if it had never been: the others see theirs, at their own learning rates."""
+
+    def run(name, **data):
+        config = tiny_config(
+            tmp_path / name,
+            store,
+            model=SMALL,
+            trainer={"steps": 5},
+            data={"train": str(store), "sequence_length": 32} | data,
+        )
+        return train_on_ranks(config, 1)
+
+    rows, whole = run("without", skip_steps=[[2, 3]]), run("whole")
+    assert [row["step"] for row in rows] == [1, 4, 5]
+    assert rows[0]["loss"] == whole[0]["loss"]
+    assert rows[1]["loss"] != whole[3]["loss"]
+    assert [row["learning_rate"] for row in rows] == [whole[step - 1]["learning_rate"] for step in (1, 4, 5)]
+    assert rows[-1]["tokens_seen"] == whole[-1]["tokens_seen"]
+
+
+def test_a_list_of_documents_given_at_a_resume(store, tmp_path):
+    """All documents but one are skipped from step 2 on: what is left is that one's loss."""
+
+    def config(name, **data):
+        return tiny_config(
+            tmp_path / name,
+            store,
+            model=SMALL,
+            trainer={"steps": 4, "stop_after": 2 if not data else 4},
+            data={"train": str(store), "sequence_length": 32} | data,
+        )
+
+    before = train_on_ranks(config("run"), 1)
+    rows = train_on_ranks(config("run", skip_documents=[f"words:{i}" for i in range(60)]), 1)
+    assert rows[:2] == before
+    assert [row["loss"] for row in rows[2:]] == [0.0, 0.0], "every label is of a skipped document"

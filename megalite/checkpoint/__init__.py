@@ -2,6 +2,6 @@
 
 from megalite.checkpoint.counters import Counters
 from megalite.checkpoint.load import agree_on_checkpoint, load_checkpoint, load_model
-from megalite.checkpoint.save import save_checkpoint
+from megalite.checkpoint.saver import Saver, checkpoint_bytes
 
-__all__ = ["Counters", "agree_on_checkpoint", "load_checkpoint", "load_model", "save_checkpoint"]
+__all__ = ["Counters", "Saver", "agree_on_checkpoint", "checkpoint_bytes", "load_checkpoint", "load_model"]

@@ -12,3 +12,6 @@ class Counters:
     tokens_seen: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    loss_sum: float = 0.0  # of the steps since the last logged row, nats a token
+    loss_count: int = 0
+    evaluation_due: bool = False  # the run was stopped before it had evaluated at this step

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from megalite.checkpoint.agreement import on_rank_0
 from megalite.checkpoint.counters import Counters
 from megalite.checkpoint.engine_state import create_moments, set_loss_scaler, set_tensor
-from megalite.checkpoint_format import KINDS, Manifest, choose_checkpoint, read_manifest
+from megalite.checkpoint_folder import choose_checkpoint
+from megalite.checkpoint_format import KINDS, Manifest, read_manifest
 from megalite.engine import Engine
 from megalite.errors import CheckpointError
 from megalite.log import get_logger

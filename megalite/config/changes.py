@@ -13,6 +13,7 @@ SAFE = (
     "engine.zero_stage", "engine.offload", "engine.recompute", "engine.compile",
     "trainer.stop_after", "trainer.log_every", "trainer.eval_every", "trainer.micro_batch_size",
     "trainer.max_skipped_steps", "data.validation", "data.prefetch",
+    "data.skip_steps", "data.skip_documents",  # asked for, so meant
 )  # fmt: skip
 # The checkpoint's tensors would not fit, or would mean something else.
 REFUSED = ("model",)

@@ -17,6 +17,7 @@ class Place:
     world_size: int = 1
     local_world_size: int = 1  # ranks on this machine
     init_method: str | None = None  # None: a world of one that needs no rendezvous
+    started: float | None = None  # when the command was, in seconds since 1970; None: with this process
 
 
 def place_from_environment(environment: Mapping[str, str] | None = None) -> Place:

@@ -15,6 +15,7 @@ Positions = Literal["learned", "none", "rotary", "sinusoidal"]
 RotaryScaling = Literal["linear", "llama3", "ntk", "yarn"]
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"]
+OnSaveError = Literal["continue", "retry", "stop"]
 Packing = Literal["best_fit", "documents", "stream"]
 
 
@@ -98,7 +99,7 @@ class TrainerConfig:
     micro_batch_size: int = 32  # sequences a data-parallel replica takes at once
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: only at the end
-    max_skipped_steps: int = 20  # stop after so many skipped steps in a row (inf or nan in the gradients)
+    max_skipped_steps: int = 5  # stop after so many in a row with inf or nan; fp16 first lowers its loss scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,8 @@ class DataConfig:
     packing: Packing = "stream"  # what a sequence is cut from; best_fit and documents after `megalite data pack`
     document_attention: bool = False  # attention stays within a document
     document_positions: bool = False  # positions restart with each document
+    skip_steps: tuple[tuple[int, int], ...] = ()  # pairs of the first and last of steps whose batches are left out
+    skip_documents: tuple[str, ...] = ()  # SOURCE:INDEX, as `megalite data trace` names them: nothing is learnt of them
     prefetch: int = 2  # steps whose batches are read ahead, in a thread; 0: none
 
     @property
@@ -199,7 +202,14 @@ class CheckpointConfig:
     """When to save, how many to keep, where to continue from."""
 
     save_every: int = 0  # steps; 0: only at the end
-    keep: int = 2
+    ephemeral_every: int = 0  # steps; saved only to continue from: removed when a newer one is there; 0: none
+    keep: int = 2  # the last so many
+    keep_every: int = 0  # steps; of those saved, multiples of it are kept for ever; 0: none
+    keep_best: bool = False  # keep the one with the lowest mean validation loss too
+    asynchronous: bool = False  # training goes on while a copy in host memory is written
+    on_save_error: OnSaveError = (
+        "continue"  # to the next save, unless it is the last; stop; retry a few times, then stop
+    )
     resume: str = "auto"  # auto: the newest checkpoint of run_dir; never; or a checkpoint's path
     allow_changes: tuple[str, ...] = ()  # keys that may differ from the checkpoint's configuration
 
@@ -281,6 +291,23 @@ class ReportConfig:
     """`megalite report`."""
 
     run_dir: str  # of a training run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeCheckConfig:
+    """What `megalite resume-check` takes beside the keys of the training that it checks."""
+
+    steps: int = 2  # before the interruption, and as many again after it
+    kill: bool = True  # besides stopping: kill -9 all ranks in the middle of a step and run the same command again
+    directory: str | None = None  # where the temporary run directories are made; null: where TMPDIR says
+    compare: tuple[str, ...] = ()  # two run directories that you trained elsewhere: compare them and train nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeCheckKeys:
+    """The keys of `megalite resume-check` as they stand on its command line."""
+
+    resume_check: ResumeCheckConfig = field(default_factory=ResumeCheckConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,13 +158,19 @@ def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         yield f"seed: found {config.seed}, must be 0 or more and below 2^63"
     if config.checkpoint.keep < 1:
         yield f"checkpoint.keep: found {config.checkpoint.keep}, must be at least 1"
-    if config.checkpoint.save_every < 0:
-        yield f"checkpoint.save_every: found {config.checkpoint.save_every}, must be 0 (only at the end) or more"
+    for key in ("save_every", "ephemeral_every", "keep_every"):
+        if (steps := getattr(config.checkpoint, key)) < 0:
+            yield f"checkpoint.{key}: found {steps}, must be 0 (none) or more steps"
+    if config.checkpoint.keep_best and not (config.data.validation and config.trainer.eval_every):
+        yield "checkpoint.keep_best: found true, but nothing is evaluated: set data.validation and trainer.eval_every"
     if not config.checkpoint.resume:
         yield "checkpoint.resume: is empty, allowed: auto, never, or a checkpoint's path"
     for key in config.checkpoint.allow_changes:
         if not _has_key(config, key):
             yield f"checkpoint.allow_changes: there is no key {key!r}"
+    for first, last in config.data.skip_steps:
+        if not 1 <= first <= last:
+            yield f"data.skip_steps: found [{first}, {last}], expected the first and the last of some steps, from 1"
     nproc = config.launch.nproc_per_node
     if nproc is not None and nproc < 1:
         yield f"launch.nproc_per_node: found {nproc}, must be at least 1"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import get_args
 
-from megalite.config.schema import DoctorConfig, EvaluateConfig, GenerateConfig
+from megalite.config.schema import DoctorConfig, EvaluateConfig, GenerateConfig, ResumeCheckConfig
 from megalite.config.schema_data import (
     DataBuildConfig,
     DataConvertConfig,
@@ -75,6 +75,11 @@ def validate_evaluate(config: EvaluateConfig) -> None:
 def validate_generate(config: GenerateConfig) -> None:
     """Raise one `ConfigError` with a line for every setting of `megalite generate` that cannot work."""
     _raise(_generate_rules(config))
+
+
+def validate_resume_check(config: ResumeCheckConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite resume-check` that cannot work."""
+    _raise(_resume_check_rules(config))
 
 
 def validate_doctor(config: DoctorConfig) -> None:
@@ -177,6 +182,16 @@ def _generate_rules(config: GenerateConfig) -> Iterator[str]:
     yield from _at_least("", config, "max_new_tokens", "num_samples", "top_k")
     if not 0 <= config.seed < 2**63:
         yield f"seed: found {config.seed}, allowed: 0 or more and below 2^63"
+
+
+def _resume_check_rules(config: ResumeCheckConfig) -> Iterator[str]:
+    if config.steps < 2:
+        yield (
+            f"resume_check.steps: found {config.steps}, allowed: 2 or more, so that there is a step between the save "
+            "and the next one to be killed in"
+        )
+    if len(config.compare) not in (0, 2) or not all(config.compare):
+        yield f"resume_check.compare: found {list(config.compare)}, name two run directories, or none"
 
 
 def _doctor_rules(config: DoctorConfig) -> Iterator[str]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import megalite
 from megalite.checkpoint.save import FILE_BYTES
-from megalite.checkpoint_format import FileEntry, Manifest, commit, create_temporary
+from megalite.checkpoint_folder import commit, create_temporary
+from megalite.checkpoint_format import FileEntry, Manifest
 from megalite.config.compose import config_values, save_config
 from megalite.config.loader import load_config
 from megalite.config.schema import ModelConfig, TrainConfig

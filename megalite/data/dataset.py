@@ -3,7 +3,8 @@
 Legend: N samples asked for, S sequence length.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from megalite.config.schema import DataConfig, Packing
 from megalite.data.format import TokenStore
 from megalite.data.mixture import Segment
 from megalite.data.order import SampleOrder
-from megalite.data.views import build_view
+from megalite.data.skipping import WithoutDocuments, skipped_documents
+from megalite.data.views import View, build_view
 
 _MAX_MAPPED_FILES = 512  # of all stores together
 
@@ -30,6 +32,18 @@ class SourceUse:
     epochs: float
 
 
+@dataclass(frozen=True)
+class DocumentPart:
+    """A part of a document in a sample."""
+
+    sample: int  # counted from the run's start
+    source: int  # the store's number in data.train
+    document: int  # its index in the store
+    start: int  # the part's first token in the document, and the one behind its last
+    stop: int
+    num_tokens: int  # of the whole document, its end included
+
+
 class BlendedDataset:
     """Samples of several stores in the order of a run; what a sample is, is its view's affair (`views.py`)."""
 
@@ -40,8 +54,9 @@ class BlendedDataset:
         seed: int,
         later: Sequence[Segment] = (),
         packing: Packing = "stream",
+        skipped: Mapping[int, set[int]] | None = None,
     ):
-        """`stores` with their weights, `later`: other weights from a sample on.
+        """`stores` with their weights, `later`: other weights from a sample on; `skipped`: documents by store.
 
         Raises `DataError` for a store that has no unit of S tokens or is not packed, and for unfit weights.
         """
@@ -49,11 +64,13 @@ class BlendedDataset:
         self.sequence_length = sequence_length
         for store in self.stores:
             store.max_mapped_files = max(_MAX_MAPPED_FILES // len(self.stores), 1)
-        self.views = [build_view(store, packing, sequence_length) for store in self.stores]
+        self.views: list[View] = [build_view(store, packing, sequence_length) for store in self.stores]
+        if skipped:
+            self.views = [WithoutDocuments(view, skipped.get(source, ())) for source, view in enumerate(self.views)]
         self.order = SampleOrder(seed, [view.num_units for view in self.views], [w for _, w in stores], later)
         self.sample_shape = self.views[0].shape
         # The widest of the stores' types, and wide enough to number the documents of a row.
-        numbers = np.min_scalar_type(sequence_length) if packing != "stream" else np.dtype(np.uint8)
+        numbers = np.min_scalar_type(sequence_length) if len(self.sample_shape) > 1 else np.dtype(np.uint8)
         self.dtype: np.dtype[Any] = np.result_type(numbers, *(store.dtype for store in self.stores))
 
     def samples(self, indices: ArrayLike) -> NDArray[Any]:
@@ -74,6 +91,18 @@ class BlendedDataset:
             self.views[source].read(units[rows], part)
             out[rows] = part
 
+    def documents(self, samples: Sequence[int]) -> Iterator[DocumentPart]:
+        """What the samples are made of, one after the other."""
+        sources, units, _ = self.order.locate(samples)
+        for sample, source, unit in zip(samples, sources.tolist(), units.tolist(), strict=True):
+            store = self.stores[source]
+            for start, stop in self.views[source].ranges(unit):
+                first, last = store.document_at([start, stop - 1]).tolist()
+                offsets = store.offsets_of_documents(first, last + 1).tolist()
+                for document, (begin, end) in enumerate(itertools.pairwise(offsets), first):
+                    part = max(start, begin) - begin, min(stop, end) - begin
+                    yield DocumentPart(sample, source, document, *part, end - begin)
+
     def use(self, num_samples: int) -> list[SourceUse]:
         """What the first `num_samples` of the run draw from each source."""
         counts = self.order.mixture.counts(num_samples).tolist()
@@ -84,7 +113,11 @@ class BlendedDataset:
 
 
 def build_dataset(data: DataConfig, global_batch_size: int, seed: int) -> BlendedDataset:
-    """The training samples of a configuration. Raises `DataError` for what is wrong with a store or a weight."""
+    """The training samples of a configuration.
+
+    Raises `DataError` for what is wrong with a store or a weight, `ConfigError` for a skipped document that is none.
+    """
     stores = [(TokenStore.open(store.path), store.weight) for store in data.train]
     later = [Segment(change.step * global_batch_size, change.weights) for change in data.schedule]
-    return BlendedDataset(stores, data.sequence_length, seed, later, data.packing)
+    skipped = skipped_documents(data, [store for store, _ in stores])
+    return BlendedDataset(stores, data.sequence_length, seed, later, data.packing, skipped)

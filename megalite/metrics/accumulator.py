@@ -20,6 +20,15 @@ class LossMeter:
         self._sum += loss.detach()
         self._count += 1
 
+    def state(self) -> tuple[float, int]:
+        """Sum and count since the last `take`, for a checkpoint. Waits for the device."""
+        return self._sum.item(), self._count
+
+    def restore(self, total: float, count: int) -> None:
+        """Go on from what `state` gave."""
+        self._sum.fill_(total)
+        self._count = count
+
     def take(self) -> float:
         """The mean since the last call; `nan` when nothing was added. Waits for the device."""
         mean = self._sum.item() / self._count if self._count else float("nan")

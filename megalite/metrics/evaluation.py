@@ -12,6 +12,10 @@ from megalite.mesh import Mesh
 from megalite.objectives import Batch, CausalLM
 
 
+class EvaluationInterrupted(Exception):  # noqa: N818  no error
+    """A run was asked to stop while it evaluated."""
+
+
 def evaluate_store(
     losses: Callable[[Batch], torch.Tensor],
     objective: CausalLM,
@@ -19,13 +23,14 @@ def evaluate_store(
     source: str,
     mesh: Mesh,
     micro_batch_size: int,
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Figures of one store as `eval/<source>/loss` (nats a token), `/perplexity` and `/bits_per_byte`.
 
     `losses` maps a batch to negative log-likelihoods in nats of the positions that this rank holds, 0 where the mask is
     false. Bits per byte is the summed negative log2-likelihood of the documents' tokens over the UTF-8 bytes of their
     untouched text, comparable across tokenizers. Every data rank takes its share of the windows; all ranks return the
-    same figures.
+    same figures. Raises `EvaluationInterrupted` on all of them when `is_interrupted`, which answers alike, says so.
     """
     rows = micro_batch_size * mesh.data.size
     windows = objective.evaluation_windows(store)
@@ -36,6 +41,8 @@ def evaluate_store(
         start = mesh.data.rank * micro_batch_size
         batch = objective.evaluation_batch(chunk[start : start + micro_batch_size], micro_batch_size)
         total += losses(batch).double().sum()
+        if is_interrupted():
+            raise EvaluationInterrupted
     nats = all_reduce(total, mesh.replica).item()
     loss = nats / max(num_tokens, 1)
     return {

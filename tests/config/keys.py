@@ -22,6 +22,7 @@ PRIMARY = {
     "eval": (schema.EvaluateConfig, ["run_dir=run"]),
     "generate": (schema.GenerateConfig, ["run_dir=run"]),
     "report": (schema.ReportConfig, ["run_dir=run"]),
+    "resume_check": (schema.ResumeCheckKeys, []),
     "doctor": (schema.DoctorConfig, []),
 }
 

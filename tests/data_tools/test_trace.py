@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.checkpoint_format import Manifest, commit, create_temporary
+from megalite.checkpoint_folder import commit, create_temporary
+from megalite.checkpoint_format import Manifest
 from megalite.config.compose import config_values, save_config
 from megalite.data.dataset import build_dataset
 from megalite.data.format import TokenStore

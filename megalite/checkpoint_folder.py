@@ -1,0 +1,179 @@
+"""The checkpoints of a run: which there are, which one to continue from, which ones to keep.
+
+run_dir/checkpoints/step_00000100/                    whole, or damaged since
+                    step_00000200.tmp-<32 hex>/       being written, or left behind by a kill
+                    superseded-step_00000300-<8 hex>/ above a step that the run went back to
+                    latest                            the name of the newest, for people alone
+"""
+
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from megalite.checkpoint_format import MANIFEST, Manifest, read_manifest, verify_checkpoint, write_file, write_manifest
+from megalite.config.schema import CheckpointConfig
+from megalite.data.files import sync_directory
+from megalite.errors import CheckpointError
+from megalite.failpoints import failpoint
+from megalite.log import get_logger
+
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY = re.compile(r"step_\d{8,}\.tmp-[0-9a-f]{32}|latest\.tmp")
+
+log = get_logger(__name__)
+
+
+def checkpoint_name(step: int) -> str:
+    """The directory's name; zero-padded, so that names sort by step."""
+    return f"step_{step:08d}"
+
+
+def create_temporary(checkpoints: Path, step: int) -> Path:
+    """A fresh directory to write in; a name that no reader takes for a checkpoint."""
+    temporary = checkpoints / f"{checkpoint_name(step)}.tmp-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(temporary: Path, manifest: Manifest) -> Path:
+    """Write the manifest, sync, and give the directory its final name; returns it.
+
+    A checkpoint of the same step that is already there is replaced.
+    """
+    checkpoints = temporary.parent
+    failpoint("before manifest")
+    write_manifest(temporary, manifest)
+    sync_directory(temporary)
+    final = checkpoints / checkpoint_name(manifest.step)
+    failpoint("before rename")
+    if final.exists():
+        old = final.rename(create_temporary(checkpoints, manifest.step) / "replaced")
+        temporary.rename(final)
+        shutil.rmtree(old.parent)
+    else:
+        temporary.rename(final)
+    sync_directory(checkpoints)
+    failpoint("before latest")
+    write_file(checkpoints, f"{LATEST}.tmp", final.name.encode())
+    (checkpoints / f"{LATEST}.tmp").replace(checkpoints / LATEST)
+    sync_directory(checkpoints)
+    return final
+
+
+def set_aside_newer(checkpoints: Path, step: int) -> None:
+    """Rename checkpoints above `step`, so that a run which starts again below them is not mistaken for theirs.
+
+    Nothing is deleted; the new names say what the folders are and are no checkpoints' names.
+    """
+    for folder in _named(checkpoints):
+        if _step_of(folder) > step:
+            aside = folder.rename(checkpoints / f"superseded-{folder.name}-{uuid.uuid4().hex[:8]}")
+            log.warning("%s is newer than what this run continues from (step %d): kept as %s", folder, step, aside.name)
+
+
+def prune(checkpoints: Path, keep: CheckpointConfig) -> None:
+    """Remove what the settings do not keep, and what interrupted saves left behind; call when the newest is verified.
+
+    Kept: the newest; of those that are not ephemeral the last `keep`, the multiples of `keep_every`, and with
+    `keep_best` the one whose evaluation has the lowest mean loss. What cannot be read is left to a person.
+    """
+    manifests = {}
+    for folder in list_checkpoints(checkpoints):
+        try:
+            manifests[folder] = read_manifest(folder)
+        except CheckpointError:
+            continue
+    lasting = [folder for folder, manifest in manifests.items() if not manifest.ephemeral]
+    kept = {*list(manifests)[-1:], *lasting[-keep.keep :]}
+    if keep.keep_every:
+        kept.update(folder for folder in lasting if _step_of(folder) % keep.keep_every == 0)
+    judged = [folder for folder in lasting if manifests[folder].evaluation]
+    if keep.keep_best and judged:
+        kept.add(min(judged, key=lambda folder: mean_loss(manifests[folder].evaluation)))
+    for folder in manifests:
+        if folder not in kept:
+            failpoint("during prune")
+            _remove(folder)
+    for path in checkpoints.iterdir():
+        if path.is_dir() and _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def _remove(folder: Path) -> None:
+    """First the name: a kill in the middle must not leave half a checkpoint under it."""
+    doomed = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}"))
+    shutil.rmtree(doomed)
+
+
+def mean_loss(evaluation: dict[str, float]) -> float:
+    """The mean over validation sources of their losses, in nats a token; infinite without any."""
+    losses = [value for key, value in evaluation.items() if key.endswith("/loss")]
+    return sum(losses) / len(losses) if losses else float("inf")
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Directories with a checkpoint's name and a manifest, oldest first."""
+    return [folder for folder in _named(checkpoints) if (folder / MANIFEST).is_file()]
+
+
+def _named(checkpoints: Path) -> list[Path]:
+    """Whatever has a checkpoint's name, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted((path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    """What `checkpoint.resume` means for a run: a verified checkpoint's folder, or None for a start from step 0.
+
+    `auto` is the newest whole checkpoint of the run, `never` none, anything else a folder. Raises `CheckpointError` for
+    a folder that is not a whole checkpoint, and as `newest_checkpoint` does.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest_checkpoint(run_dir)
+    verify_checkpoint(Path(resume))
+    return Path(resume)
+
+
+def require_checkpoint(checkpoint: str | None, run_dir: Path) -> Path:
+    """The verified checkpoint at `checkpoint`, or the run's newest. Raises `CheckpointError` when there is none."""
+    folder = choose_checkpoint(checkpoint or "auto", run_dir)
+    if folder is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
+    return folder
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run whose files all verify; older ones are fallen back on, with one warning.
+
+    None when the run has none yet. Raises `CheckpointError` when there were checkpoints but none is whole: a run never
+    starts again from zero in silence.
+    """
+    checkpoints = run_dir / "checkpoints"
+    problems = []
+    for folder in reversed(_named(checkpoints)):
+        try:
+            if (step := verify_checkpoint(folder).step) != _step_of(folder):
+                raise CheckpointError(f"{folder / MANIFEST} is of step {step}")
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            log.warning("%s; falling back to %s", "; ".join(problems), folder.name)
+        return folder
+    rest = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    if rest := sorted(name for name in rest if not _TEMPORARY.fullmatch(name)):
+        raise CheckpointError(
+            f"{checkpoints} holds {', '.join(rest[:5])}{' ...' if len(rest) > 5 else ''} and no whole checkpoint"
+            f"{' (' + '; '.join(problems) + ')' if problems else ''}; restore one, or start over from step 0 with "
+            "checkpoint.resume=never"
+        )
+    return None

@@ -1,0 +1,29 @@
+"""What a rank is doing, and whether it was asked to stop: the loop's one line to the guard."""
+
+from megalite.guard.goodput import GoodputClock
+from megalite.guard.signals import StopSignals
+
+
+class Vitals:
+    """Handed to the trainer; every call costs about a microsecond, but for `mark`."""
+
+    def __init__(self, clock: GoodputClock, signals: StopSignals):
+        """The parts, of this process."""
+        self.clock, self._signals = clock, signals
+
+    def enter(self, section: str, detail: str = "", step: int | None = None) -> None:
+        """The rank turns to `section` (of `goodput.SECTIONS`), for `step` if that is another one now."""
+        self.clock.enter(section)
+
+    def begin(self, step: int) -> None:
+        """The run goes on from `step`."""
+        self.clock.begin(step)
+
+    def mark(self, step: int) -> None:
+        """The run stands at `step`."""
+        self.clock.mark(step)
+
+    @property
+    def stop_signal(self) -> str | None:
+        """The name of the signal that asks this rank to stop, if any."""
+        return self._signals.received
