@@ -18,6 +18,7 @@ from megalite.data.dataset import BlendedDataset, build_dataset
 from megalite.data.format import TokenStore
 from megalite.data.skipping import find_document
 from megalite.errors import ConfigError, DataError
+from megalite.resuming import draws_alike
 from megalite.tokenizer import Tokenizer
 
 from .store_tools.inspection import store_tokenizer
@@ -55,20 +56,25 @@ class Trace:
         """Read run_dir/config.yaml and open the training stores.
 
         Raises `ConfigError` or `DataError` for what cannot be read, and `DataError` when the stores are not those that
-        the run was trained on, or when its batch size was changed on the way, so that steps do not tell samples.
+        the run was trained on. Steps before stores, weights, order or batch size were changed cannot be asked for: the
+        configuration of that time is gone.
         """
         self.config: TrainConfig = read_config(Path(run_dir) / "config.yaml")
         self.batch = self.config.trainer.global_batch_size
         self.dataset: BlendedDataset = build_dataset(self.config.data, self.batch, self.config.seed)
         self.steps_so_far = _steps_so_far(Path(run_dir), self.config)
-        self._check(Path(run_dir))
+        self.since_step, self._since_sample = self._check(Path(run_dir))
         self._tokenizers: dict[Path, Tokenizer | None] = {}
 
     def documents(self, step: int) -> Iterator[DocumentUse]:
         """What step `step` (the first is 1) trained on, or would, sample after sample. `ConfigError` out of range."""
-        if not 1 <= step <= self.config.trainer.steps:
-            raise ConfigError(f"step: found {step}, allowed: 1 to trainer.steps={self.config.trainer.steps}")
-        for part in self.dataset.documents(range((step - 1) * self.batch, step * self.batch)):
+        if not self.since_step < step <= self.config.trainer.steps:
+            why = " (the data, their weights or the batch size were changed there)" if self.since_step else ""
+            raise ConfigError(
+                f"step: found {step}, allowed: {self.since_step + 1}{why} to trainer.steps={self.config.trainer.steps}"
+            )
+        first = self._since_sample + (step - 1 - self.since_step) * self.batch
+        for part in self.dataset.documents(range(first, first + self.batch)):
             store, source = self.dataset.stores[part.source], self.config.data.train[part.source].source
             text = self._beginning(store, part.document)
             yield DocumentUse(
@@ -76,7 +82,7 @@ class Trace:
             )
 
     def steps(self, document: str) -> list[StepUse]:
-        """The samples of the steps so far that held tokens of a document, in order.
+        """The samples of the steps so far, after the data were last changed, that held tokens of a document, in order.
 
         `document`: SOURCE:INDEX, or the store's path for SOURCE. Raises `ConfigError` for one that does not exist.
         """
@@ -85,25 +91,23 @@ class Trace:
         start, stop = view.store.offsets_of_documents(index, index + 1).tolist()
         found = []
         for unit in view.units_of(start, stop):
-            samples, epochs = self.dataset.order.samples_of(source, unit, self.steps_so_far * self.batch)
+            end = self._since_sample + (self.steps_so_far - self.since_step) * self.batch
+            samples, epochs = self.dataset.order.samples_of(source, unit, end)
             for sample, epoch in zip(samples.tolist(), epochs.tolist(), strict=True):
-                found.append(StepUse(sample // self.batch + 1, sample, epoch))
+                if sample >= self._since_sample:
+                    step = self.since_step + (sample - self._since_sample) // self.batch + 1
+                    found.append(StepUse(step, sample, epoch))
         return sorted(found, key=lambda use: use.sample)
 
-    def _check(self, run_dir: Path) -> None:
+    def _check(self, run_dir: Path) -> tuple[int, int]:
+        """The step and the sample from which the run's data have been as they are now."""
         checkpoints = list_checkpoints(run_dir / "checkpoints")
         if not checkpoints:
-            return
+            return 0, 0
         manifest = read_manifest(checkpoints[-1])
-        if manifest.samples_consumed != manifest.step * self.batch:
-            raise DataError(
-                f"{run_dir}: step {manifest.step} stood at sample {manifest.samples_consumed}, not at "
-                f"{manifest.step} x trainer.global_batch_size={self.batch}: the batch size changed during the run, so "
-                "that its steps cannot be traced"
-            )
-        for store, digest in zip(self.dataset.stores, manifest.stores, strict=False):
-            if store.digest != digest:
-                raise DataError(f"{store.path} has another content than the run of {run_dir} was trained on")
+        if not draws_alike(self.config, manifest):
+            return manifest.step, manifest.samples_consumed  # changed when the run went on from there
+        return manifest.data_since_step, manifest.data_since_sample
 
     def _beginning(self, store: TokenStore, document: int) -> str:
         """A document's first words, on one line; its first ids where the store holds no tokenizer."""

@@ -59,6 +59,8 @@ class Manifest:
     files: list[FileEntry]
     loss_sum: float = 0.0  # of the steps since the last row of metrics.jsonl
     loss_count: int = 0
+    data_since_step: int = 0  # the present stores, weights, order and batch size hold from here on
+    data_since_sample: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)  # eval/<source>/loss and so on, where one was due
     evaluation_due: bool = False  # the run was stopped before it had evaluated at this step
     ephemeral: bool = False  # only for going on from: removed when a newer one is there

@@ -1,21 +1,18 @@
 """Checks that need the disk but no torch: the configuration against its stores and against the run's checkpoint."""
 
-import copy
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from megalite.checkpoint_folder import list_checkpoints
-from megalite.checkpoint_format import Manifest, read_manifest
-from megalite.config.changes import check_changes
-from megalite.config.compose import config_values
+from megalite.checkpoint_format import read_manifest
 from megalite.config.schema import DataConfig, StoreConfig, TrainConfig
 from megalite.data.format import TokenStore
 from megalite.data.packing import PackedRows
 from megalite.data.skipping import skipped_documents
 from megalite.errors import CheckpointError, ConfigError, DataError
 from megalite.log import get_logger
+from megalite.resuming import check_resume
 
 log = get_logger(__name__)
 
@@ -115,55 +112,3 @@ def _check_checkpoint(config: TrainConfig) -> None:
             return  # the ranks fall back to an older one, or say what is wrong
         raise
     check_resume(config, manifest)
-
-
-def check_resume(config: TrainConfig, manifest: Manifest) -> list[str]:
-    """Whether `config` may continue from a checkpoint; returns the safe and allowed changes as text.
-
-    Raises `CheckpointError` for changes of the configuration that are refused or not allowed, and for training stores
-    with other content. A store that only moved or has another name is the same.
-    """
-    values = config_values(config)
-    if not manifest.stores:  # imported weights, of no training: any training may begin with them
-        return check_changes({"model": manifest.config["model"]}, {"model": values["model"]}, ())
-    digests = [TokenStore.open(store.path).digest for store in config.data.train]
-    before = copy.deepcopy(manifest.config)
-    notes = _take_later_schedule(before, values, manifest.samples_consumed)
-    same_weights = [store["weight"] for store in before["data"]["train"]] == [s.weight for s in config.data.train]
-    if manifest.stores == digests and same_weights:
-        before["data"]["train"] = values["data"]["train"]
-    notes += check_changes(before, values, config.checkpoint.allow_changes)
-    if manifest.stores != digests and "data.train" not in config.checkpoint.allow_changes:
-        raise CheckpointError(
-            f"data.train: the stores are not those that the checkpoint of step {manifest.step} was trained on: they "
-            "were built again since then; restore them, or allow the change with checkpoint.allow_changes=[data.train]"
-        )
-    return notes
-
-
-def _take_later_schedule(before: dict[str, Any], values: dict[str, Any], samples_consumed: int) -> list[str]:
-    """Weights that begin at or after the checkpoint may change: nothing was drawn by them. Returns that as text.
-
-    What was drawn must have been drawn by the same weights, or units would be repeated or left out. Raises
-    `CheckpointError` where only the batch size moves them.
-    """
-
-    def begun(config: dict[str, Any]) -> list[Any]:
-        batch = config["trainer"]["global_batch_size"]
-        changes = [(change["step"] * batch, change["weights"]) for change in config["data"].get("schedule", [])]
-        return [(sample, weights) for sample, weights in changes if sample < samples_consumed]
-
-    old, new = before["data"].get("schedule", []), values["data"]["schedule"]
-    drawn_by = begun(before)
-    if drawn_by == begun(values):
-        if old == new:
-            return []
-        before["data"]["schedule"] = new
-        return [f"data.schedule: {old} -> {new}, from where the run stands"]
-    if old == new and not {"data", "data.schedule"} & set(values["checkpoint"]["allow_changes"]):
-        raise CheckpointError(
-            "data.schedule: its steps count batches of trainer.global_batch_size, which changed: give the steps that "
-            f"leave the weights drawn by where they began, at samples {[sample for sample, _ in drawn_by]}, or allow "
-            "the change with checkpoint.allow_changes=[data.schedule]"
-        )
-    return []

@@ -65,8 +65,7 @@ class Trainer:
         config, counters = self.config, self.counters
         self.vitals.begin(counters.step)
         self.recorder = Recorder(config, self.mesh, counters.step)
-        if self.mesh.rank == 0:
-            self.feed.log_use(counters.step, counters.samples_consumed, self.last_step)
+        self._log_use()
         self.feed.start(counters.samples_consumed, range(counters.step + 1, self.last_step + 1))
         self._logged_at, self._logged_step, self._logged_wait = time.perf_counter(), counters.step, 0.0
         try:
@@ -83,8 +82,7 @@ class Trainer:
                 self.recorder.advance()
                 self._conclude_step(row, self._is_due(config.trainer.eval_every), stops)
             self._try_to_save(self.saver.finish, is_last=True)
-            if self.mesh.rank == 0:
-                self.feed.log_use(counters.step, counters.samples_consumed, self.last_step)
+            self._log_use()
         finally:
             self.vitals.enter("other")
             self.feed.close()
@@ -138,6 +136,11 @@ class Trainer:
                 f"stopped by a signal at step {counters.step} of {self.last_step}: it is saved, and the same command "
                 "goes on"
             )
+
+    def _log_use(self) -> None:
+        counters = self.counters
+        if self.mesh.rank == 0:
+            self.feed.log_use(counters.step, counters.samples_consumed, self.last_step, counters.data_since_sample)
 
     def _count_samples(self) -> None:
         counters, batch = self.counters, self.config.trainer.global_batch_size

@@ -17,7 +17,7 @@ from megalite.errors import CheckpointError
 from megalite.log import get_logger
 from megalite.mesh import Mesh
 from megalite.models import named_logical_parameters
-from megalite.preflight import check_resume
+from megalite.resuming import check_resume, draws_alike
 
 log = get_logger(__name__)
 
@@ -47,7 +47,10 @@ def load_checkpoint(engine: Engine, folder: Path) -> Counters:
             local = parameter.shard.slice(full, engine.mesh.tensor.rank, engine.mesh.tensor.size)  # type: ignore[attr-defined]
             set_tensor(engine, parameter, kind, local)
     set_loss_scaler(engine, manifest.loss_scaler)
-    return Counters(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(Counters)})
+    counters = Counters(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(Counters)})
+    if not draws_alike(engine.config, manifest):
+        counters.data_since_step, counters.data_since_sample = counters.step, counters.samples_consumed
+    return counters
 
 
 def load_model(model: torch.nn.Module, folder: Path, mesh: Mesh) -> Manifest:

@@ -66,11 +66,14 @@ class Feed:
         parts = self.dataset.documents(samples)
         return list(dict.fromkeys(f"{names[part.source]}:{part.document}" for part in parts))
 
-    def log_use(self, step: int, samples_consumed: int, last_step: int) -> None:
-        """Say what the run has drawn from every training store, and what it will have drawn in the end."""
-        data = self._config.data
-        in_the_end = self.dataset.use(samples_consumed + (last_step - step) * self._batch)
-        for store, use, later in zip(data.train, self.dataset.use(samples_consumed), in_the_end, strict=True):
-            tokens = use.samples * data.sequence_length
-            text = f"step {step}: {store.source}: {tokens:,} tokens drawn, {use.epochs:.2f} epochs"
-            log.info(text if step == last_step else f"{text}; {later.epochs:.2f} by step {last_step}")
+    def log_use(self, step: int, samples_consumed: int, last_step: int, since_sample: int) -> None:
+        """Say what the run has drawn from every training store since a sample, and what it will have in the end."""
+        data, use = self._config.data, self.dataset.use
+        in_the_end = use(samples_consumed + (last_step - step) * self._batch)
+        for store, before, now, later in zip(
+            data.train, use(since_sample), use(samples_consumed), in_the_end, strict=True
+        ):
+            tokens = (now.samples - before.samples) * data.sequence_length
+            text = f"step {step}: {store.source}: {tokens:,} tokens drawn, {now.epochs - before.epochs:.2f} epochs"
+            text += " since the data were changed" if since_sample else ""
+            log.info(text if step == last_step else f"{text}; {later.epochs - before.epochs:.2f} by step {last_step}")

@@ -1,5 +1,6 @@
 """Which documents a step used and back, against looking at every token of every sample."""
 
+import dataclasses
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from megalite.data.format import TokenStore
 from megalite.data.packing import write_packing
 from megalite.data.writer import StoreWriter
 from megalite.data_tools.trace import Trace
-from megalite.errors import ConfigError, DataError
+from megalite.errors import ConfigError
 from megalite.launch import data_views
 from tests.runs import tiny_config
 
@@ -111,24 +112,39 @@ def test_documents_that_do_not_exist(config, document):
         Trace(config.run_dir).steps(document)
 
 
-def save_checkpoint(config, samples_consumed, digests):
+def save_checkpoint(config, samples_consumed, digests, **since):
     manifest = Manifest(
         step=5, samples_consumed=samples_consumed, tokens_seen=0, skipped_steps=0, skipped_in_a_row=0, optimizer_step=5,
         loss_scaler={}, seed=7, config=config_values(config), stores=digests, topology={}, versions={}, files=[],
+        **since,
     )  # fmt: skip
     commit(create_temporary(Path(config.run_dir) / "checkpoints", 5), manifest)
 
 
-def test_what_a_checkpoint_contradicts(config):
+def test_steps_before_the_data_were_changed_are_refused(config):
+    """Whatever was changed, and before the next checkpoint as after it."""
     digests = [TokenStore.open(store.path).digest for store in config.data.train]
     save_checkpoint(config, 5 * BATCH, digests)
+    before = list(Trace(config.run_dir).documents(7))
     assert list(Trace(config.run_dir).documents(1))
-    save_checkpoint(config, 5 * BATCH, [digests[0], "other"])
-    with pytest.raises(DataError, match="b has another content than the run"):
-        Trace(config.run_dir)
-    save_checkpoint(config, 5 * BATCH + 2, digests)
-    with pytest.raises(DataError, match=r"step 5 stood at sample 22, not at 5 x trainer.global_batch_size=4"):
-        Trace(config.run_dir)
+    for saved, stores in [
+        (config, [digests[0], "other"]),
+        (dataclasses.replace(config, seed=8), digests),
+        (dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, global_batch_size=2)), digests),
+    ]:
+        save_checkpoint(saved, 5 * BATCH, stores)
+        trace = Trace(config.run_dir)
+        with pytest.raises(ConfigError, match=r"step: found 5, allowed: 6 \(the data, .* changed there\) to trainer"):
+            list(trace.documents(5))
+        assert list(trace.documents(7)) == before
+        assert not any(use.step <= 5 for index in range(30) for use in trace.steps(f"a:{index}"))
+    save_checkpoint(config, 5 * BATCH + 2, digests, data_since_step=3, data_since_sample=3 * BATCH + 2)
+    trace = Trace(config.run_dir)
+    first = next(iter(trace.documents(4))).sample
+    assert first == 3 * BATCH + 2
+    assert {use.step for index in range(30) for use in trace.steps(f"a:{index}")} <= set(
+        range(4, trace.steps_so_far + 1)
+    )
 
 
 def test_the_command(config, capsys):
