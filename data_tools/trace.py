@@ -17,7 +17,7 @@ from megalite.config.validate_commands import validate_data_trace
 from megalite.data.dataset import BlendedDataset, build_dataset
 from megalite.data.format import TokenStore
 from megalite.data.skipping import find_document
-from megalite.errors import ConfigError, DataError
+from megalite.errors import ConfigError
 from megalite.resuming import draws_alike
 from megalite.tokenizer import Tokenizer
 

@@ -1,12 +1,13 @@
 """The rules of C4: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", 2.2."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
 from .step import Dropped, read_list, require
-from .words import CHARACTERS_PER_WORD, TERMINAL, count_sentences, count_unspaced, split_words
+from .words import CHARACTERS_PER_WORD, TERMINAL, View, count_sentences, count_unspaced, split_words
 
 _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -45,8 +46,9 @@ class C4:
         anywhere = tuple(entry for entry in lowered if " " in entry or count_unspaced(entry))
         return frozenset(lowered) - set(anywhere), anywhere
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The lines that are kept, or why none is."""
+        text = view.text
         lowered = text.lower()
         if self.curly_bracket and "{" in text:
             return Dropped("curly bracket")
@@ -57,8 +59,16 @@ class C4:
         if self.citations and "[" in text:
             text = _CITATION.sub("", text)
         unwanted = self._unwanted(lowered)
-        kept = [line for line in map(str.strip, text.split("\n")) if not line or self._keeps(line, unwanted, counts)]
-        result = _BLANK_LINES.sub("\n\n", "\n".join(kept)).strip("\n")
+        spaced = not view.words.num_unspaced
+        kept = []
+        for line in map(str.strip, text.split("\n")):
+            if line and (reason := self._fault(line, spaced, unwanted)):
+                counts[f"c4: lines without {reason}" if reason in _WANTED else f"c4: lines with {reason}"] += 1
+            else:
+                kept.append(line)
+        result = "\n".join(kept).strip("\n")
+        if "\n\n\n" in result:
+            result = _BLANK_LINES.sub("\n\n", result)
         if count_sentences(result, self.min_sentences) < self.min_sentences:
             return Dropped("too few sentences")
         return result
@@ -74,16 +84,10 @@ class C4:
         wanted = ("javascript",) * self.javascript_lines + _POLICY * self.policy_lines
         return tuple(entry for entry in wanted if entry in lowered)
 
-    def _keeps(self, line: str, unwanted: tuple[str, ...], counts: Counter[str]) -> bool:
-        reason = self._fault(line, unwanted)
-        if reason:
-            counts[f"c4: lines without {reason}" if reason in _WANTED else f"c4: lines with {reason}"] += 1
-        return not reason
-
-    def _fault(self, line: str, unwanted: tuple[str, ...]) -> str:
+    def _fault(self, line: str, spaced: bool, unwanted: tuple[str, ...]) -> str:
         if self.terminal_punctuation and (not line.endswith(TERMINAL) or line.endswith("...")):
             return "terminal punctuation"
-        if not _has_words(line, self.min_words_per_line):
+        if not _has_words(line, self.min_words_per_line, spaced):
             return "enough words"
         if len(line) > self.max_word_length and any(len(word) > self.max_word_length for word in line.split()):
             return "a long word"
@@ -93,12 +97,13 @@ class C4:
         return ""
 
 
-def _has_words(line: str, number: int) -> bool:
-    if line.isascii():
+def _has_words(line: str, number: int, spaced: bool) -> bool:
+    """Whether a line has that many words; `spaced`: none of its characters is of a script without blanks."""
+    if spaced:
         return len(line.split(None, number)) >= number
-    if count_unspaced(line) >= number * CHARACTERS_PER_WORD:
-        return True
-    return split_words(line).count >= number
+    wanted = number * CHARACTERS_PER_WORD
+    # The head of most lines has enough.
+    return count_unspaced(line[: 4 * math.ceil(wanted)]) >= wanted or split_words(line).count >= number
 
 
 _WANTED = ("terminal punctuation", "enough words")

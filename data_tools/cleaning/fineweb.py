@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .step import Dropped, require_share
-from .words import TERMINAL, filled_lines, share_of_repeats, split_words
+from .words import TERMINAL, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +26,16 @@ class FineWeb:
     def __post_init__(self) -> None:
         require_share(self, "min_lines_with_punctuation", "max_short_lines", "max_duplicate_line_characters")
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The same text, or why it goes."""
-        lines = filled_lines(text)
+        lines = view.lines
         if sum(line.endswith(TERMINAL) for line in lines) < self.min_lines_with_punctuation * len(lines):
             return Dropped("lines without punctuation")
-        words = split_words(text)
-        short = self.short_unspaced_line_length if words.is_unspaced else self.short_line_length
+        short = self.short_unspaced_line_length if view.words.is_unspaced else self.short_line_length
         if sum(len(line) <= short for line in lines) > self.max_short_lines * len(lines):
             return Dropped("short lines")
-        if share_of_repeats(lines)[1] > self.max_duplicate_line_characters * len(text):
+        if view.repeated_lines[1] > self.max_duplicate_line_characters * len(view.text):
             return Dropped("duplicate lines")
-        if text.count("\n") > self.max_newlines_per_word * words.count:
+        if view.text.count("\n") > self.max_newlines_per_word * view.words.count:
             return Dropped("newlines")
-        return text
+        return view.text

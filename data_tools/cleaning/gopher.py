@@ -2,9 +2,10 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import filterfalse
 
 from .step import Dropped, require, require_share
-from .words import Words, filled_lines, split_words
+from .words import View, Words
 
 ENGLISH_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))  # Rae et al. 2021
 # The list of FineWeb2 for Chinese (Penedo et al. 2025, cmn_Hani), without its "·".
@@ -40,18 +41,18 @@ class GopherQuality:
         )
         require_share(self, "max_bullet_lines", "max_ellipsis_lines", "min_alphabetic_words")
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The same text, or why it goes."""
-        words = split_words(text)
+        words = view.words
         if words.count < self.min_words:
             return Dropped("too few words")
         if words.count > self.max_words:
             return Dropped("too many words")
-        if reason := self._bad_words(words) or self._bad_lines(text, words.count):
+        if reason := self._bad_words(words) or self._bad_lines(view):
             return Dropped(reason)
-        if self._num_stop_words(text, words, language) < self.min_stop_words:
+        if self._num_stop_words(view.text, words, language) < self.min_stop_words:
             return Dropped("too few stop words")
-        return text
+        return view.text
 
     def _bad_words(self, words: Words) -> str:
         if not words.is_unspaced and words.spaced:
@@ -60,17 +61,18 @@ class GopherQuality:
                 return "words too short"
             if mean > self.max_mean_word_length:
                 return "words too long"
-        without = sum(not any(map(str.isalpha, word)) for word in words.spaced if not word[0].isalpha())
+        mixed = filterfalse(str.isalpha, words.spaced)
+        without = sum(not any(map(str.isalpha, word)) for word in mixed if not word[0].isalpha())
         return "too few alphabetic words" if without > (1 - self.min_alphabetic_words) * words.count else ""
 
-    def _bad_lines(self, text: str, num_words: float) -> str:
+    def _bad_lines(self, view: View) -> str:
+        text, lines, num_words = view.text, view.lines, view.words.count
         if text.count("#") > self.max_symbol_ratio * num_words:
             return "too many number signs"
         # …… is how Chinese writes one ellipsis.
         ellipses = text.count("...") + text.count("…") - text.count("……")
         if ellipses > self.max_symbol_ratio * num_words:
             return "too many ellipses"
-        lines = filled_lines(text)
         if sum(line.startswith(_BULLETS) for line in lines) > self.max_bullet_lines * len(lines):
             return "too many bullet lines"
         if ellipses and sum(line.endswith(("...", "…")) for line in lines) > self.max_ellipsis_lines * len(lines):

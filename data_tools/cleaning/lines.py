@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .step import Dropped, require
+from .words import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class Lines:
     def _compiled(self) -> tuple[re.Pattern[str], ...]:
         return compile_patterns(self.patterns)
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The lines that are left."""
+        text = view.text
         lines = text.split("\n")
         kept = [line for line in lines if not (stripped := line.strip()) or self._keeps(stripped)]
         if len(kept) == len(lines):

@@ -9,6 +9,7 @@ from typing import Literal
 from megalite.errors import DataError
 
 from .step import Dropped, require_package
+from .words import View
 
 _NOT_TEXT = ("script", "style", "noscript", "template", "svg", "math", "iframe", "object", "canvas", "audio", "video")
 _PARAGRAPHS = (
@@ -106,8 +107,7 @@ _PAGE_PARTS = ("html", "head", "body", "tbody", "thead", "tfoot", "td", "th", "b
 # Non-characters (Unicode 23.7): they mark where lines end while runs of white space become one space.
 _PARAGRAPH, _LINE, _BREAK, _CELL, _SPACE, _TAB = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
 _MARKS = re.compile("[\ufdd0-\ufdd5]")
-_WHITE = re.compile(r"[ \t\n\r\f]+")
-_LINE_END = re.compile(f" *[{_PARAGRAPH}{_LINE}{_BREAK}][ {_PARAGRAPH}{_LINE}{_BREAK}]*")
+_LINE_END = re.compile(f"[{_PARAGRAPH}{_LINE}{_BREAK}][ {_PARAGRAPH}{_LINE}{_BREAK}]*")
 _CELL_END = re.compile(f" *{_CELL} *")
 _CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
 _ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6});")
@@ -190,8 +190,9 @@ class Html:
         if self.extractor == "trafilatura":
             require_package("trafilatura", "trafilatura")
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The text without markup."""
+        text = view.text
         if "<" not in text:
             return _decoded(text)
         if not is_page(text):
@@ -276,10 +277,19 @@ def html_to_text(source: str) -> str:
     for node in body.css("pre,textarea"):
         kept = node.text(separator="").translate({10: _BREAK, 32: _SPACE, 9: _TAB})
         node.replace_with(kept)
-    text = _CELL_END.sub("\t", _WHITE.sub(" ", body.text(separator="").replace("\xa0", " ")))
+    text = _CELL_END.sub("\t", _one_space(body.text(separator="").replace("\xa0", " ")))
     # Blanks of the layout go before those of <pre> come back.
     lines = [line.strip(" \t\r\f") for line in _LINE_END.sub(_newlines, text).split("\n")]
     return "\n".join(line.replace(_SPACE, " ").replace(_TAB, "\t").rstrip() for line in lines).strip("\n")
+
+
+def _one_space(text: str) -> str:
+    """One space for each run of white space."""
+    for white in "\t\n\r\f":
+        text = text.replace(white, " ")
+    while "  " in text:
+        text = text.replace("  ", " ")
+    return text
 
 
 def _newlines(match: re.Match[str]) -> str:

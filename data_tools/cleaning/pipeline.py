@@ -19,6 +19,7 @@ from .pii import Pii
 from .repetition import GopherRepetition
 from .step import Dropped, Step
 from .urls import Urls
+from .words import View
 
 STEPS: Mapping[str, type[Step]] = {
     "c4": C4,
@@ -50,17 +51,20 @@ class Cleaner:
         Counts `<step>: changed`, `<step>: dropped (<reason>)`, and what a step tells besides, such as
         `pii: masked email`. `language` is an ISO 639-1 code, or "" when it is unknown.
         """
+        view = View(text)
         for name, step in self._steps:
-            result = step.apply(text, language, counts)
-            if isinstance(result, str) and result != text and not result.strip():
-                result = Dropped("nothing left")
+            result = step.apply(view, language, counts)
+            if isinstance(result, str):
+                if result == view.text:
+                    continue
+                if not result.strip():
+                    result = Dropped("nothing left")
             if isinstance(result, Dropped):
                 counts[f"{name}: dropped ({result.reason})"] += 1
                 return None
-            if result != text:
-                counts[f"{name}: changed"] += 1
-                text = result
-        return text
+            counts[f"{name}: changed"] += 1
+            view = View(result)
+        return view.text
 
 
 def build_cleaner(steps: Sequence[CleanStepConfig]) -> Cleaner:

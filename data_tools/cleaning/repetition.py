@@ -9,18 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .step import Dropped, require_share
-from .words import CHARACTERS_PER_WORD, filled_lines, share_of_repeats, split_words
+from .words import CHARACTERS_PER_WORD, View, share_of_repeats
 
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 _NOT_A_LETTER = re.compile(r"\W+")
 _TOP = (2, 3, 4)
 _DUPLICATE = (5, 6, 7, 8, 9, 10)
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 / golden ratio: Knuth's multiplicative hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,10 @@ class GopherRepetition:
         require_share(self, "max_duplicate_lines", "max_duplicate_paragraphs", "top_ngrams", "duplicate_ngrams")
         require_share(self, "max_duplicate_line_characters", "max_duplicate_paragraph_characters")
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The same text, or why it goes."""
-        lines, characters = share_of_repeats(filled_lines(text))
+        text = view.text
+        lines, characters = view.repeated_lines
         if lines > self.max_duplicate_lines:
             return Dropped("duplicate lines")
         if characters > self.max_duplicate_line_characters * len(text):
@@ -55,69 +56,88 @@ class GopherRepetition:
             return Dropped("duplicate paragraphs")
         if characters > self.max_duplicate_paragraph_characters * len(text):
             return Dropped("characters in duplicate paragraphs")
-        reason = self._repeated_ngrams(text)
+        reason = self._repeated_ngrams(view)
         return Dropped(reason) if reason else text
 
-    def _repeated_ngrams(self, text: str) -> str:
-        ids, lengths, scale = _units(text)
+    def _repeated_ngrams(self, view: View) -> str:
+        ids, lengths, scale = _units(view)
         top = {math.ceil(n * scale): (n, limit) for n, limit in zip(_TOP, self.top_ngrams, strict=True)}
         duplicate = {
             math.ceil(n * scale): (n, limit) for n, limit in zip(_DUPLICATE, self.duplicate_ngrams, strict=True)
         }
         ends = np.concatenate([[0], np.cumsum(lengths)])
+        total, largest_top = int(ends[-1]), min(max(top), len(ids))
+        longest_top = int((ends[largest_top:] - ends[: len(ends) - largest_top]).max())
         for size, positions, first, occurrences in _repeats(ids, max(duplicate)):
+            if size not in top and size not in duplicate:
+                continue
+            most, again = int(occurrences.max()), positions[~first]
             if size in top:
                 n, limit = top[size]
-                frequent = positions[occurrences == occurrences.max()]
-                characters = int((ends[frequent + size] - ends[frequent]).max() * occurrences.max())
-                if characters > limit * ends[-1]:
+                frequent = positions[occurrences == most]
+                if int((ends[frequent + size] - ends[frequent]).max()) * most > limit * total:
                     return f"top {n}-gram"
-            if size in duplicate:
+            at_most = int((ends[again + size] - ends[again]).sum())  # characters in duplicates, some more than once
+            if size in duplicate and at_most > duplicate[size][1] * total:
                 n, limit = duplicate[size]
-                edges = np.zeros(len(ids) + 1, np.int64)
-                edges[positions[~first]] += 1
-                edges[positions[~first] + size] -= 1
-                if lengths[np.cumsum(edges[:-1]) > 0].sum() > limit * ends[-1]:
+                edges = np.bincount(again, minlength=len(ids)) - np.bincount(again + size, minlength=len(ids) + 1)[:-1]
+                if lengths[np.cumsum(edges) > 0].sum() > limit * total:
                     return f"duplicate {n}-grams"
+            # Larger n-grams occur no more often, and what repeats is inside of what repeats at this size.
+            if (size >= max(top) or most * longest_top <= min(self.top_ngrams) * total) and (
+                at_most <= min(self.duplicate_ngrams) * total
+            ):
+                break
         return ""
 
 
-def _units(text: str) -> tuple[NDArray[np.uint64], NDArray[np.int64], float]:
+def _units(view: View) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
     """What n-grams are made of: a number for each unit, its length in characters, and units by word."""
-    words = split_words(text)
+    words = view.words
     if words.is_unspaced:
-        letters = np.frombuffer(_NOT_A_LETTER.sub("", text).encode("utf-32-le", "surrogatepass"), np.uint32)
-        return letters.astype(np.uint64), np.ones(len(letters), np.int64), CHARACTERS_PER_WORD
-    spaced = text.split() if words.num_unspaced else words.spaced
-    # Only whether two are equal matters, so that Python's hash, another in every process, gives the same answer.
-    ids = np.fromiter(map(hash, spaced), np.int64, len(spaced)).view(np.uint64)
-    return ids, np.fromiter(map(len, spaced), np.int64, len(spaced)), 1.0
+        letters = np.frombuffer(_NOT_A_LETTER.sub("", view.text).encode("utf-32-le", "surrogatepass"), "<u4")
+        return letters.astype(np.int64), np.ones(len(letters), np.int64), CHARACTERS_PER_WORD
+    spaced = view.text.split() if words.num_unspaced else words.spaced
+    number = dict(zip(set(spaced), count(), strict=False))  # in any order: only whether two are equal matters
+    ids = np.fromiter(map(number.__getitem__, spaced), np.int64, len(spaced))
+    return ids, np.fromiter(map(len, number), np.int64, len(number))[ids], 1.0
 
 
 def _repeats(
-    ids: NDArray[np.uint64], longest: int
+    ids: NDArray[np.int64], longest: int
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]]:
     """For each size from 2: positions where an n-gram begins that occurs twice or more, whether it is its first
     occurrence, and how often it occurs. Ends with the first size without any.
 
     An n-gram that occurs twice begins with an (n-1)-gram that does, so each size looks only at what the last one left.
-    n-grams are compared by 64-bit polynomial hashes.
+    n-grams are numbered from 0, so that the next size's are told apart by the number and the id of their last unit.
     """
-    positions = np.arange(len(ids))
-    hashes = ids
+    beyond = int(ids.max(initial=0)) + 1  # an id that ends the n-gram that runs over the end of the text, once a size
+    ids = np.append(ids, beyond)
+    positions, number = np.arange(len(ids) - 1), ids[:-1]
     for size in range(2, longest + 1):
-        inside = positions + size <= len(ids)
-        positions = positions[inside]
-        hashes = hashes[inside] * _MULTIPLIER + ids[positions + size - 1]
-        # Stable: positions ascend inside a group of equal n-grams, and did so inside the group of their beginning.
-        order = np.argsort(hashes, kind="stable")
-        positions, hashes = positions[order], hashes[order]
-        again = np.zeros(len(hashes) + 1, np.bool_)
-        np.equal(hashes[1:], hashes[:-1], out=again[1:-1])
-        repeated = again[1:] | again[:-1]
+        keys, positions = _sorted_pairs(number * (beyond + 1) + ids[positions + size - 1], positions, len(ids))
+        same = np.zeros(len(keys) + 1, np.bool_)
+        np.equal(keys[1:], keys[:-1], out=same[1:-1])
+        repeated = same[1:] | same[:-1]
         if not repeated.any():
             return
-        first = ~again[:-1][repeated]
-        positions, hashes = positions[repeated], hashes[repeated]
-        group = np.cumsum(first) - 1
-        yield size, positions, first, np.bincount(group)[group]
+        first = ~same[:-1][repeated]
+        positions = positions[repeated]
+        number = np.cumsum(first) - 1
+        yield size, positions, first, np.bincount(number)[number]
+
+
+def _sorted_pairs(
+    keys: NDArray[np.int64], positions: NDArray[np.int64], num_positions: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Keys and their positions by key, then by position: in one number each if it has the bits, several times as fast.
+
+    `positions` must ascend where keys are equal.
+    """
+    bits = num_positions.bit_length()
+    if int(keys.max(initial=0)).bit_length() + bits < 64:
+        pairs = np.sort(keys << bits | positions)
+        return pairs >> bits, pairs & ((1 << bits) - 1)
+    order = np.argsort(keys, kind="stable")
+    return keys[order], positions[order]

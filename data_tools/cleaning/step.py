@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from .words import View
+
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
@@ -17,7 +19,7 @@ class Dropped:
 class Step(Protocol):
     """One step. Its fields are its options; one that cannot work raises `ValueError("field: why")` when it is made."""
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The text after this step. `language` is the document's, "" when unknown; `counts` is for what it tells."""
         ...
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from .lines import compile_patterns
 from .step import Dropped, read_list, require
+from .words import View
 
 # Up to a blank, a quote, a bracket, or the first character of a script that addresses are not written in.
 _URL = re.compile(r"(?i)\b(?:https?://|www\.)[^\s<>\"'`{}|\\^\[\]\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
@@ -37,8 +38,9 @@ class Urls:
         domains = frozenset(domain.lower().strip(".") for domain in (*self.domains, *listed))
         return domains, compile_patterns(self.patterns)
 
-    def apply(self, text: str, language: str, counts: Counter[str]) -> str | Dropped:
+    def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The text, with marks in place of addresses, or why it goes."""
+        text = view.text
         if "://" not in text and "www." not in text.lower():
             return text
         if self.action == "drop":

@@ -1,10 +1,14 @@
 import random
 import unicodedata
+from collections import Counter
 
 import ftfy
 import pytest
+from ftfy.badness import is_bad
 
-from megalite.data_tools.cleaning.characters import _FIRST_BYTES
+from megalite.config.schema_data import CleanStepConfig
+from megalite.data_tools.cleaning import build_cleaner
+from megalite.data_tools.cleaning.characters import _FIRST_BYTES, _is_damaged
 from tests.data_tools.cleaning.steps import CHINESE, ENGLISH, run
 from tests.data_tools.corpora import TRICKY
 
@@ -59,6 +63,52 @@ def test_the_quick_look_misses_no_damage_of_common_kinds():
             if ftfy.fix_encoding(line) != line:
                 assert _FIRST_BYTES.search(line), (sound, encoding)
                 assert run(line, "repair_unicode")[0] == ftfy.fix_encoding(line)
+
+
+def test_damage_is_what_ftfy_takes_for_damage():
+    """Looking at parts of a text finds the same as looking at all of it."""
+    rng = random.Random(2)
+    marks = [
+        c.encode().decode(name, "ignore") for c in "é’—Яж€ñ，好" for name in ("cp1252", "cp1251", "mac-roman", "cp437")
+    ]
+    pieces = [
+        *marks,
+        *"éÂÃàœŒØ×°°·“”’—½€╗ГВ\xa0\x85\ufffd",
+        "ГўВЂВ",
+        "a",
+        "b ",
+        " ",
+        "\n",
+        "好",
+        "，",
+        "ﾊ",
+        "한",
+        "plain words " * 3,
+    ]
+    found = 0
+    for _ in range(2000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(1, 9)))
+        assert _is_damaged(text) == is_bad(text), text
+        found += is_bad(text)
+    assert 500 < found < 1900
+    # No character that is passed over can be damage by itself or with its like.
+    passed_over = [chr(i) for i in (*range(0x80), *range(0x3000, 0xD800), *range(0xFF00, 0xFFF0))]
+    assert not is_bad("".join(passed_over))
+    for other in "aAé " + "".join(rng.choices(passed_over, k=4)):
+        assert not is_bad(other.join(passed_over).replace("é", ""))
+
+
+def test_every_character_is_kept_or_removed_whatever_stands_around_it():
+    """Quick ways through sound text, and through ASCII, see what the slow ones see."""
+    controls, whitespace = (
+        build_cleaner([CleanStepConfig(step=name)]) for name in ("control_characters", "whitespace")
+    )
+    for character in map(chr, (*range(0x3100), 0xFEFF, 0xFFF9, 0xFFFD, 0xFFFE, 0xFFFF, 0x1F600)):
+        in_ascii, in_chinese = (controls.clean(f"{a}{character}\nb", "", Counter()) for a in ("a", "é好"))
+        assert in_ascii.replace("a", "é好", 1) == in_chinese, hex(ord(character))
+        stripped = "a\n" if character == "\n" else f"a{character}".rstrip()
+        assert whitespace.clean(f"a{character}\nb", "", Counter()) == f"{stripped}\nb", hex(ord(character))
+        assert whitespace.clean(f"\na\tb{character}", "", Counter()) == f"a\tb{character}".rstrip(), hex(ord(character))
 
 
 def test_composing_agrees_with_the_standard_library_on_random_characters():

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from megalite.data_tools.cleaning.checksums import IBAN_LENGTHS, is_card, is_chinese_id, is_iban
-from megalite.data_tools.cleaning.pii import MASKS
+from megalite.data_tools.cleaning.pii import MASKS, _half_width
 from tests.data_tools.cleaning.steps import CHINESE, ENGLISH, run
 
 # Numbers that issuers and standards publish as examples.
@@ -200,3 +200,12 @@ def test_many_numbers_take_linear_time():
     result, counts = run(text, "pii")
     assert counts["pii: masked phone"] == 20_000
     assert result.startswith("<PHONE> <PHONE> ")
+
+
+def test_full_width_characters_become_ascii_one_by_one():
+    wide = "".join(map(chr, range(0xFF01, 0xFF5F)))
+    text = f"é好\U0001f600{wide}\uff00\uff5f\ufffe\U0010ff10"
+    assert _half_width(text) == text.replace(wide, "".join(map(chr, range(0x21, 0x7F))))
+    assert _half_width("１３８ｘ") == "138x"
+    assert _half_width("ｘ，") == "x,"
+    assert _half_width("ｘ！好") == "ｘ！好", "no sign of a number or an address"

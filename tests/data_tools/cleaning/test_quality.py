@@ -1,9 +1,17 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from megalite.data_tools.cleaning.words import count_sentences, filled_lines, share_of_repeats, split_words
+from megalite.data_tools.cleaning.repetition import _sorted_pairs
+from megalite.data_tools.cleaning.words import (
+    count_sentences,
+    count_unspaced,
+    filled_lines,
+    share_of_repeats,
+    split_words,
+)
 from tests.data_tools.cleaning.steps import CHINESE, ENGLISH, reason, run
 
 # Words --------------------------------------------------------------------------------------------------------------
@@ -26,6 +34,13 @@ def test_words(text, spaced, unspaced, is_unspaced):
     words = split_words(text)
     assert (words.spaced, words.num_unspaced, words.is_unspaced) == (spaced, unspaced, is_unspaced)
     assert words.count == len(spaced) + unspaced / 1.5
+
+
+def test_characters_of_long_texts_are_counted_as_those_of_short_ones():
+    everything = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x33000))))
+    assert count_unspaced(everything) == sum(count_unspaced(everything[i : i + 99]) for i in range(0, 0x33000, 99))
+    assert count_unspaced(everything) > 90_000
+    assert count_unspaced("\U0010ffff\U000323af" * 200) == 200
 
 
 def test_sentences():
@@ -171,6 +186,16 @@ def test_repeated_ngrams_are_those_of_the_definition():
     assert len(reasons) == 10, "each of the nine rules, and none"
 
 
+@pytest.mark.parametrize("largest", [9, 2**61])
+def test_sorted_pairs(largest):
+    """By key, then by position, whether or not both fit in one number."""
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 10, 300) * (largest // 9)
+    expected = sorted(zip(keys.tolist(), range(300), strict=True))
+    got = _sorted_pairs(keys, np.arange(300), 300)
+    assert list(zip(*(part.tolist() for part in got), strict=True)) == expected
+
+
 def test_shares_of_repeats():
     assert share_of_repeats(["a", "bb", "a", "a", "bb"]) == (0.6, 4)
     assert share_of_repeats(["a", "b"]) == (0.0, 0)
@@ -270,3 +295,43 @@ def test_lines_of_chinese_are_short_at_another_length():
 )
 def test_code(text, expected):
     assert reason(text, "code_quality") == expected
+
+
+def test_code_by_the_definition():
+    rng = random.Random(3)
+    reasons = Counter()
+    for _ in range(1000):
+        lines = [
+            "".join(rng.choices("ab é好+-", k=rng.randrange(rng.choice((1, 30))))) for _ in range(rng.randrange(1, 30))
+        ]
+        limits = {"max_line_length": rng.randrange(40), "max_mean_line_length": rng.uniform(0, 20)}
+        share = rng.random()
+        text = (
+            "\n".join(lines)
+            .replace(*rng.choice((("é", "e"), ("+", "-"))))
+            .replace(*rng.choice((("好", "x"), ("+", "-"))))
+        )
+        if not text.strip():
+            continue
+        lengths = [len(line) for line in text.split("\n")]
+        expected = None
+        if sum(map(str.isalnum, text)) < share * len(text):
+            expected = "few letters and digits"
+        if sum(lengths) / len(lengths) > limits["max_mean_line_length"]:
+            expected = "long lines"
+        if max(lengths) > limits["max_line_length"]:
+            expected = "a long line"
+        assert reason(text, "code_quality", min_alphanumeric=share, **limits) == expected, text
+        reasons[expected] += 1
+    assert len(reasons) == 4
+    assert min(reasons.values()) > 50
+
+
+def test_a_step_sees_the_text_that_the_one_before_it_left():
+    """What is known of a text (its lines, its words) goes when the text changes."""
+    lines = [f"This is line number {i} of the page, and it is a long one." for i in range(9)]
+    text = "\n".join([*lines, *["again"] * 20])
+    free = {"max_duplicate_lines": 1.0, "max_duplicate_line_characters": 1.0}
+    assert reason(text, "fineweb") == "short lines"
+    seen = [("gopher_repetition", {**free, "top_ngrams": [1, 1, 1], "duplicate_ngrams": [1] * 6}), "c4", "fineweb"]
+    assert run(text, *seen)[0] == "\n".join(lines)
