@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{**values, "files": [FileEntry(**entry) for entry in values["files"]]})
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
     for entry in manifest.files:
         if not _FILE.fullmatch(entry.name) or entry.kind not in KINDS:
@@ -115,6 +115,8 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_file(folder: Path, entry: FileEntry) -> None:
     """Compare one file with its entry in the manifest. Raises `CheckpointError` that says what differs."""
     path = folder / entry.name
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link: a checkpoint's files lie in its own directory")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     if path.stat().st_size != entry.num_bytes:

@@ -31,7 +31,8 @@ class Collectives(TorchDispatchMode):
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self.counts: Counter[tuple[str, str, int]] = Counter()
-        axes = {"data": mesh.replica, "context": mesh.context, "tensor": mesh.tensor}  # data x context where both are
+        axes = {"data": mesh.replica, "context": mesh.context, "tensor": mesh.tensor, "world": mesh.world}
+        # "data" is data x context where both are
         self._axes = {axis.group.group_name: name for name, axis in axes.items() if axis.group is not None}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

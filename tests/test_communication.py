@@ -108,14 +108,19 @@ def step_collectives(layout):
     """Those of a whole step of the engine, and the number of this rank's parameters."""
     engine, batches = prepare(layout)
     with Collectives(engine.mesh) as step:
-        engine.train_step(batches(0), 0, 1e-3)
+        engine.train_step(batches(0), 0, 1e-3, requests=(0, 1))
     return step.counts, sum(parameter.numel() for _, parameter in engine.parameters())
 
 
 def test_a_step_of_zero_0():
-    """Over data: the gradients once, the number of tokens, the loss. Over tensor beside the layers: the norm."""
+    """Over data: the gradients once, the loss. Over tensor beside the layers: the norm. Over all: what is counted.
+
+    That is the number of tokens and the requests, together.
+    """
     layout = Layout("gpt", 2, False, (1, "auto"), 0, 1, "none", False)
     counts, parameters = run_ranks(4, step_collectives, layout)[0]
     over_data = Counter({key: count for key, count in counts.items() if key[1] == "data"})
-    assert over_data == Counter({("all_reduce", "data", size): 1 for size in (4 * parameters, 8, 4)})
+    assert over_data == Counter({("all_reduce", "data", size): 1 for size in (4 * parameters, 4)})
+    assert counts["all_reduce", "world", 3 * 8] == 1
+    assert sum(count for (_, axis, _), count in counts.items() if axis == "world") == 1
     assert counts["all_reduce", "tensor", 4] == 1

@@ -87,10 +87,14 @@ def format_goodput(table: dict[str, float]) -> str:
 
 
 def read_lives(path: Path) -> list[Life]:
-    """The lives in a file, oldest first; none where there is no such file."""
-    if not path.is_file():
-        return []
-    return [Life(**json.loads(line)) for line in path.read_text().splitlines()]
+    """The lives in a file, oldest first, without lines that a crash of the machine has torn; none without a file."""
+    lives = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            lives.append(Life(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return lives
 
 
 def process_started() -> float:

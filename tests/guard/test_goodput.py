@@ -49,6 +49,13 @@ def test_a_clock_counts_by_section_and_is_there_after_a_kill(tmp_path):
     assert sum(table.values()) == pytest.approx(read_lives(path)[1].ended - life.started, abs=1e-6)
 
 
+def test_a_torn_file_does_not_stop_a_run(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    GoodputClock(time.time(), path).mark(1)
+    path.write_bytes(path.read_bytes() + b'{"started": 1.0, "en' + b"\0" * 30 + b'\n[1]\n{"a": 2}\n')
+    assert len(read_lives(path)) == 1
+
+
 def test_without_a_file_nothing_is_written(tmp_path):
     clock = GoodputClock(time.time())
     clock.mark(3)
