@@ -52,6 +52,17 @@ def test_ids_are_those_of_the_reference(request, kind):
         assert (ids.dtype, counts.dtype) == (np.uint32, np.int64)
 
 
+def test_no_engine_reads_special_or_added_tokens(byte_level):
+    """`river` was added to the vocabulary, and is not marked special."""
+    assert set(byte_level.special_tokens) == {"<|endoftext|>", "<s>", "river"}
+    for engine in ("gigatoken", "reference"):
+        encoder = Encoder(byte_level, engine)
+        for token, i in byte_level.special_tokens.items():
+            ids, _ = encoder.encode([token, f"a {token} b", f"a{token}{token}b"])
+            assert i not in ids
+            assert byte_level.decode(ids.tolist()) == f"{token}a {token} ba{token}{token}b"
+
+
 def test_the_reference_by_name(byte_level):
     encoder = Encoder(byte_level, "reference")
     assert encoder.engine == "reference"

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megalite.errors import DataError
 from megalite.tokenizer import SP_MODEL, load_tokenizer
@@ -45,6 +45,8 @@ def tiktoken_file(folder: Path) -> Path:
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
     tokens = [bytes(byte_of[c] for c in token) for token in sorted(spec["vocab"], key=spec["vocab"].get)]
+    # Up to the size of the published file, of bytes that are in no text.
+    tokens += [b"\xff\xff" + n.to_bytes(4, "big") for n in range(50_256 - len(tokens))]
     lines = [base64.b64encode(token).decode() + f" {rank}" for rank, token in enumerate(tokens)]
     (folder / "r50k_base.tiktoken").write_text("\n".join(lines) + "\n")
     return folder / "r50k_base.tiktoken"
@@ -138,7 +140,9 @@ def test_our_gpt2_forms_equal_the_library(paths, kind):
     [
         ("mine.tiktoken", None, r"its name is not one of .*cl100k_base\.tiktoken"),
         ("r50k_base.tiktoken", "no base64 at all\n", "is not valid, or is damaged"),
-        ("cl100k_base.tiktoken", "QQ== 0\n", "has 1 tokens, fewer than there are bytes"),
+        ("r50k_base.tiktoken", "QQ== 0\nQQ== 1\n", "line 2: the token b'A' was there before"),
+        ("r50k_base.tiktoken", "QQ== 4000000000\n", "line 1: expected a token in base64 and its rank"),
+        ("cl100k_base.tiktoken", "QQ== 0\n", "cut short.*: 1 tokens, expected 100,256"),
     ],
 )
 def test_files_of_tiktoken_that_cannot_be_read(paths, tmp_path, name, content, message):
@@ -146,6 +150,73 @@ def test_files_of_tiktoken_that_cannot_be_read(paths, tmp_path, name, content, m
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[:-1], "cut short, .*: 50,255 tokens, expected 50,256"),
+        (lambda rows: [*rows[:-1], rows[-1][:-2]], "found a token of rank 502, expected rank 503"),
+        (lambda rows: [*rows[:-1], rows[-2].split()[0][:-4] + b"//8= 50255"], None),
+        (lambda rows: [rows[0].split()[0][:-4] + b"/////w== 0", *rows[1:]], "no token for 1 bytes, such as 0x21"),
+    ],
+    ids=["a line less", "a rank cut", "another token", "a byte less"],
+)
+def test_damage_in_a_file_of_tiktoken(paths, tmp_path, change, message):
+    rows = paths["tiktoken"].read_bytes().splitlines()
+    path = tmp_path / "r50k_base.tiktoken"
+    path.write_bytes(b"\n".join(change(rows)) + b"\n")
+    if message:
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(path)
+    else:
+        assert load_tokenizer(path).vocab_size == 50_257
+
+
+def test_a_file_of_tiktoken_is_what_it_is_now(paths, tmp_path, monkeypatch, caplog):
+    """The library keeps copies by the path's name, so that a file written anew would give the ids of the old one."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "r50k_base.tiktoken"
+    rows = paths["tiktoken"].read_bytes().splitlines()
+    shutil.copy(paths["tiktoken"], path)
+    first = load_tokenizer(path)
+    rows[300], rows[301] = rows[301].split()[0] + b" 300", rows[300].split()[0] + b" 301"
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    second = load_tokenizer(path)
+    assert second.decode([300]) == first.decode([301]) != first.decode([300])
+    assert first.digest != second.digest
+    assert not (tmp_path / "cache").exists()
+    assert "is not the file that was published under this name" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("merges.txt", lambda text: text[: text.rindex("\n", 0, -1) + 1], r"merges\.txt is cut short, .* all but 1 of"),
+        ("merges.txt", lambda text: text[:301], "merges.txt"),
+        ("merges.txt", lambda text: text + "x\n", "expected two tokens, found 'x'"),
+        ("vocab.json", lambda text: json.dumps(json.loads(text) | {"<x>": 5}), "both have id 5"),
+        ("vocab.json", lambda text: json.dumps(json.loads(text) | {"<x>": 10**9}), "'<x>' has id 1000000000, of"),
+        ("vocab.json", lambda text: json.dumps(json.loads(text) | {"<x>": -1}), "expected an object of token and id"),
+        ("vocab.json", lambda text: text.replace('"\\u0100"', '"<0>"'), "no token for 1 of the bytes .* such as 0x00"),
+    ],
+)
+def test_damage_in_the_files_of_gpt2(paths, tmp_path, file, change, message):
+    shutil.copytree(paths["gpt2"], tmp_path / "gpt2")
+    text = (tmp_path / "gpt2" / file).read_text(encoding="utf-8")
+    (tmp_path / "gpt2" / file).write_text(change(text), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path / "gpt2")
+
+
+def test_encoding_is_never_random(paths, tmp_path):
+    """A pair encoding may say that some merges are left out at random (Provilkov et al. 2020)."""
+    spec = json.loads(paths["json"].read_text(encoding="utf-8"))
+    spec["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    loaded, exact = load_tokenizer(tmp_path), load_tokenizer(paths["json"])
+    assert loaded.encode_batch(texts()) == exact.encode_batch(texts())
+    assert loaded.library_json()["model"]["dropout"] is None
 
 
 def test_hugging_face_end_of_document(tmp_path):
@@ -159,6 +230,13 @@ def test_hugging_face_end_of_document(tmp_path):
             loaded = load_tokenizer(path)
             assert loaded.end_of_document == tokenizer.token_to_id("<stop>")
             assert loaded.end_of_document not in loaded.encode("a <stop> b")
+    for value in (["<stop>"], 5, {"text": "<stop>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            with pytest.raises(
+                DataError, match=r"tokenizer_config\.json: eos_token is .*, allowed: the text of a token"
+            ):
+                load_tokenizer(path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<gone>"}))
     with pytest.raises(DataError, match="no token '<gone>'"):
         load_tokenizer(tmp_path)
@@ -179,9 +257,86 @@ def test_truncation_padding_and_added_ids_of_the_file_are_not_applied(tmp_path):
     assert end not in loaded.encode(text)
 
 
-def test_tokenizer_that_reads_its_own_end_is_refused(tmp_path):
-    train_byte_level(special=False).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"turns the text .*endoftext.* into its end-of-document id"):
+SPECIAL = ("[UNK]", "[CLS]", "[SEP]", "<s>", "<|im_start|>", "king", "\n\n")  # the last three not marked as such
+
+
+def with_special_tokens(kind: str) -> Tokenizer:
+    """Of each kind of model, the special tokens in its vocabulary as BERT's, T5's and XLM-R's have them."""
+    unknown, split = SPECIAL[0], pre_tokenizers.WhitespaceSplit()
+    whole_words = models.BPE(unk_token=unknown, ignore_merges=True)
+    models_of = {
+        "wordpiece": (models.WordPiece(unk_token=unknown), trainers.WordPieceTrainer, {"vocab_size": 200}, split),
+        "bert": (models.WordPiece(unk_token=unknown), trainers.WordPieceTrainer, {"vocab_size": 200}, None),
+        "wordlevel": (models.WordLevel(unk_token=unknown), trainers.WordLevelTrainer, {"vocab_size": 90}, split),
+        "unigram": (models.Unigram(), trainers.UnigramTrainer, {"vocab_size": 120, "unk_token": unknown}, None),
+        "bpe": (models.BPE(unk_token=unknown), trainers.BpeTrainer, {"vocab_size": 250}, split),
+        "whole words": (whole_words, trainers.BpeTrainer, {"vocab_size": 250}, split),
+    }  # fmt: skip
+    model, trainer, settings, pre_tokenizer = models_of[kind]
+    tokenizer = Tokenizer(model)
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    elif kind == "bert":
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    corpus = [text for text in texts(30) if "<" not in text] + ["< s > [ C L S E P ] | i m _"] * 3
+    tokenizer.train_from_iterator(corpus, trainer(special_tokens=list(SPECIAL[:4]), show_progress=False, **settings))
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in SPECIAL[4:]])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bert", "wordlevel", "unigram", "bpe", "whole words"])
+def test_no_document_spells_out_a_special_or_added_token(tmp_path, kind):
+    library = with_special_tokens(kind)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[SEP]"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert set(tokenizer.special_tokens) == set(SPECIAL[:-1])
+    for token, i in tokenizer.special_tokens.items():
+        assert i == library.token_to_id(token)
+        for text in (token, f"the {token} of", f"the{token}of", token * 3, f"{token}\n", f" {token} "):
+            ids = tokenizer.encode(text)
+            assert ids
+            assert i not in ids or i == tokenizer.unknown
+    library.encode_special_tokens = True
+    for text in texts():  # all others have the ids that the library gives them
+        if not any(token in text.lower() for token in SPECIAL[3:-1]) and TRICKY[0] not in text:
+            assert tokenizer.encode(text) == library.encode(text).ids
+    tokenizer.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").encode_batch(texts()) == tokenizer.encode_batch(texts())
+    assert tokenizer.decode([library.token_to_id("<|im_start|>")]) == "<|im_start|>"
+
+
+def test_added_white_space_is_text(tmp_path):
+    library = train_byte_level()
+    library.add_tokens([AddedToken("        ", normalized=False), AddedToken("<x>", normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a        b") == library.encode("a        b").ids
+    assert library.token_to_id("        ") in tokenizer.encode("a        b")
+    assert library.token_to_id("<x>") not in tokenizer.encode("a <x> b")
+    assert tokenizer.decode(tokenizer.encode("        <x>")) == "        <x>"
+
+
+def test_an_end_that_only_its_configuration_names_is_no_text(tmp_path):
+    """GPT-2's files mark nothing as special: a word made of pairs is spelled in the pairs below it."""
+    folder = gpt2_folder(tmp_path / "gpt2")
+    assert len(load_tokenizer(folder).encode("king")) < 4
+    word = load_tokenizer(folder).decode(load_tokenizer(folder).encode("king")[:1])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": word}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.end_of_document_text == word
+    for text in texts():
+        ids = tokenizer.encode(text)
+        assert tokenizer.end_of_document not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_tokenizer_whose_special_token_is_a_letter_is_refused(tmp_path):
+    library = train_byte_level()
+    library.add_special_tokens(["a"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"the special token 'a', .* into nothing"):
         load_tokenizer(tmp_path)
 
 
@@ -237,8 +392,6 @@ def test_damaged_files(paths, kind, tmp_path):
             "garbage": bytes(range(256)) * 20,
             "truncated": file.read_bytes()[: len(file.read_bytes()) // 2],
         }.items():
-            if file.name == "merges.txt" and name != "garbage":
-                continue  # fewer merges are a valid file; the digest in a folder of ours finds it (below)
             target = tmp_path / f"{name}-{file.name}"
             shutil.copytree(source if source.is_dir() else source.parent, target)
             (target / file.name).write_bytes(content)

@@ -11,7 +11,7 @@ from megalite.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class InspectedDocument:
-    """One document of a store, decoded."""
+    """One document of a store, decoded; its ids where the store holds no tokenizer."""
 
     index: int
     num_tokens: int  # its end-of-document token included
@@ -37,13 +37,13 @@ def verify_stores(path: str | Path) -> list[Path]:
 
 
 def inspect_documents(store: TokenStore, count: int) -> list[InspectedDocument]:
-    """The first `count` documents, decoded with the tokenizer that lies in the store."""
-    tokenizer = store_tokenizer(store)
+    """The first `count` documents, decoded with the tokenizer that lies in the store, if one does."""
+    tokenizer = store_tokenizer(store) if store.manifest.tokenizer else None
     documents = []
     for index in range(min(count, store.num_documents)):
-        ids = store.document(index)
-        text = tokenizer.decode(ids[:-1].tolist())
-        documents.append(InspectedDocument(index, len(ids), store.document_bytes(index), text))
+        ids = store.document(index)[:-1].tolist()
+        text = tokenizer.decode(ids) if tokenizer else str(ids)
+        documents.append(InspectedDocument(index, len(ids) + 1, store.document_bytes(index), text))
     return documents
 
 

@@ -5,6 +5,7 @@ trained without that, other ids (seen with transformers 5.23). So every tokenize
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,19 @@ from typing import Any
 from megalite.convert.tensors import CARRIED
 from megalite.data.files import write_synced
 from megalite.log import get_logger
-from megalite.tokenizer import load_tokenizer
+from megalite.tokenizer import Tokenizer, load_tokenizer
 from megalite.tokenizer.base import CONFIG, GPT2_FILES, HF_JSON, SP_MODEL
 
 _FILES = (HF_JSON, SP_MODEL, *GPT2_FILES)
 _SETTINGS = (CONFIG, "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_PROBED_PIECES = 2000
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")  # spelled out in a text, it is one to the library (`library_content`)
+_PROBES = (
+    "",
+    "The quick brown fox, isn't it?  They'LL\n\n\tgo\r\n 12345 3.14 x_y",
+    "春眠不覺曉，處處聞啼鳥。 naïve café e\u0301 \ufb01 Ａ \U0001f3f3\ufe0f\u200d\U0001f308 \U0010ffff",
+    "\x00\x01\x7f\x85\u00a0\u2028\u3000\u200b\ufeff \u202e" + "a" * 100 + " " * 50,
+)
 _DIGEST = "tokenizer.digest"  # of the tokenizer that the settings belong to
 
 log = get_logger(__name__)
@@ -50,17 +59,18 @@ def carried_settings(carried: Path | None, tokenizer: Path | None) -> Path | Non
 def export_tokenizer(folder: Path, output: Path, carried: Path | None = None) -> None:
     """The run's tokenizer under the names that transformers reads; `carried`: see `carried_settings`.
 
-    A SentencePiece model that has no form which transformers reads with the same ids is left out, which is logged.
+    A tokenizer that has no form which transformers reads with the same ids is left out, which is logged.
     """
     tokenizer = load_tokenizer(folder)
     if carried:
         _copy(folder, output, _FILES)
         _copy(carried, output, _SETTINGS)
         return
-    if (content := tokenizer.library_json()) is None:
+    content = tokenizer.library_json()
+    if content is None or not _gives_the_same_ids(tokenizer, content):
         log.warning(
-            "the tokenizer is left out: transformers would read this SentencePiece model with other ids (it has no "
-            "byte fallback, or changes the text)"
+            "the tokenizer is left out: transformers would read it with other ids (it has no byte fallback, changes "
+            "the text, or finds its pieces in a way of its own)"
         )
         return
     _copy(folder, output, _FILES)
@@ -70,6 +80,20 @@ def export_tokenizer(folder: Path, output: Path, carried: Path | None = None) ->
     values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
     values |= {"eos_token": end, "bos_token": end, "add_eos_token": False}
     write_synced(output / CONFIG, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _gives_the_same_ids(tokenizer: Tokenizer, content: dict[str, Any]) -> bool:
+    """Whether the library reads texts as `tokenizer` does: tried on a text of many scripts and on its own pieces."""
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    library = LibraryTokenizer.from_str(json.dumps(content))
+    library.encode_special_tokens = True
+    step = max(1, tokenizer.vocab_size // _PROBED_PIECES)
+    pieces = [tokenizer.decode([i]) for i in range(0, tokenizer.vocab_size, step)]
+    pieces += [token["content"] for token in content["added_tokens"] if not token["special"]]
+    pieces = [piece for piece in pieces if piece.strip() and not _BYTE_PIECE.search(piece)]
+    probes = [*_PROBES, *("".join(pieces[i : i + 8]) for i in range(0, len(pieces), 4)), " ".join(pieces)]
+    return all(library.encode(probe, add_special_tokens=False).ids == tokenizer.encode(probe) for probe in probes)
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

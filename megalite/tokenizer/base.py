@@ -1,7 +1,8 @@
 """What every kind of tokenizer shares: the protocol, the names of files, and how a folder of ours is written."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ class Tokenizer(Protocol):
     end_of_document_text: str
     begin_of_document: int  # what the library puts before a text; otherwise the end of the document before it
     unknown: int | None  # the id that stands for text the tokenizer cannot spell; None: it has none
+    special_tokens: dict[str, int]  # text and id of what a document never gets: control tokens, the end among them
 
     @property
     def digest(self) -> str:
@@ -99,16 +101,33 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_file(path))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: expected an object of keys and values, found {str(config)[:80]}")
+    return config
 
 
-def configured_end(config: dict[str, Any]) -> str | None:
-    """The end-of-document token that a tokenizer_config.json names, ours or Hugging Face's."""
-    value = config.get("end_of_document") or config.get("eos_token")
-    return value.get("content") if isinstance(value, dict) else value
+def configured_end(path: Path, config: dict[str, Any]) -> str | None:
+    """The end-of-document token that the tokenizer_config.json at `path` names, ours or Hugging Face's."""
+    key = "end_of_document" if config.get("end_of_document") else "eos_token"
+    value = config.get(key)
+    text = value.get("content", 0) if isinstance(value, dict) else value
+    if text is None or isinstance(text, str):
+        return text
+    raise DataError(f"{path}: {key} is {str(value)[:80]}, allowed: the text of a token, or an object with content")
+
+
+@contextmanager
+def library_errors(path: Path, expected: str = "valid") -> Iterator[None]:
+    """Whatever a library says, in its own ways, about the damaged tokenizer file `path` becomes a `DataError`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no `Exception`
+        raise DataError(f"tokenizer {path} is not {expected}, or is damaged: {error}") from None
 
 
 def name_of(path: Path) -> str:

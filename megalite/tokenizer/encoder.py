@@ -5,8 +5,9 @@ young, so it is never taken at its word: it must give the reference's ids on a l
 the head of one document of every batch after that.
 """
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Encoder:
         self._fast = None
         if engine != "reference":
             try:
-                self._fast = _load_gigatoken(tokenizer)
+                self._load, self._fast = _load_gigatoken(tokenizer)
             except _UnfitError as problem:
                 if engine == "gigatoken":
                     raise ConfigError(f"tokenizer.engine: gigatoken cannot serve here: {problem}") from None
@@ -58,6 +59,12 @@ class Encoder:
     def engine(self) -> str:
         """gigatoken or reference."""
         return "gigatoken" if self._fast else "reference"
+
+    def forget(self) -> None:
+        """Load the engine anew: gigatoken keeps every word that it meets, so its memory grows with the text."""
+        if self._fast is not None:
+            self._fast = None  # goes before its successor comes
+            self._fast = self._load()
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Ids of all documents side by side [tokens], and how many each has [documents]; no end-of-document tokens.
@@ -91,7 +98,8 @@ class _UnfitError(Exception):
     """Why gigatoken is not used."""
 
 
-def _load_gigatoken(tokenizer: Tokenizer) -> Any:
+def _load_gigatoken(tokenizer: Tokenizer) -> tuple[Callable[[], Any], Any]:
+    """What makes an engine, and the first of them."""
     try:
         from gigatoken import Tokenizer as Gigatoken
     except ModuleNotFoundError:
@@ -103,14 +111,15 @@ def _load_gigatoken(tokenizer: Tokenizer) -> Any:
     # Text is only ever text: a special token that a document spells out must not become its id.
     content = content | {"added_tokens": [token for token in content["added_tokens"] if not token["special"]]}
     try:
-        fast = Gigatoken.from_json(json.dumps(content))
+        load = functools.partial(Gigatoken.from_json, json.dumps(content))
+        fast = load()
         specials = [f"a {name}{name} b" for name in (*END_OF_DOCUMENT_NAMES, *added)]
         for probe in (*_PROBES, *specials, "".join(_PROBES)):
             if _encode_batch(fast, [probe])[0].tolist() != tokenizer.encode(probe):
                 raise _UnfitError(f"gigatoken gives other ids for {probe[:40]!r}")
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise _UnfitError(f"gigatoken does not know this tokenizer: {error}") from None
-    return fast
+    return load, fast
 
 
 def _encode_batch(fast: Any, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

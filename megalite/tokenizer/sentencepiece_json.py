@@ -12,36 +12,37 @@ SP_SPACE = "\u2581"  # SentencePiece's stand-in for a space inside pieces
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One entry of the vocabulary. `kind`: control, unknown, byte or normal."""
+    """One entry of the vocabulary. `kind`: control, unknown, byte, user (found before all others) or normal."""
 
     text: str
     score: float
     kind: str
 
 
-def library_content(pieces: Sequence[Piece], unknown: int) -> dict[str, Any]:
-    """The tokenizer.json of a model's pieces in the order of their ids; `unknown`: the id of the unknown piece.
+def library_content(model_type: str, pieces: Sequence[Piece], unknown: int) -> dict[str, Any] | None:
+    """The tokenizer.json of a model's pieces in the order of their ids; None for a kind that the library has not.
 
-    What that library does otherwise: a text that spells out U+2581 gets the piece of a space; of a unigram model, one
-    that spells out a control or byte piece (`<0x41>`) gets its id; and transformers takes control pieces in a text for
-    what they name, unless told not to.
+    `model_type`: see `read_model`; `unknown`: the id of the unknown piece. What that library does otherwise: a text
+    that spells out U+2581 gets the piece of a space; of a unigram model, one that spells out a control or byte piece
+    (`<0x41>`) gets its id; and transformers takes control pieces in a text for what they name, unless told not to.
     """
-    scores = [piece.score for piece in pieces if piece.kind == "normal"]
     model: dict[str, Any]
-    if all(score == -rank for rank, score in enumerate(scores)):  # pair encoding writes ranks as scores
-        vocabulary = {piece.text: i for i, piece in enumerate(pieces)}
+    if model_type == "bpe":
+        vocabulary = {_text_of(piece): i for i, piece in enumerate(pieces)}
         model = {"type": "BPE", "unk_token": pieces[unknown].text, "fuse_unk": True, "byte_fallback": True}
         model |= {"vocab": vocabulary, "merges": list(_merges(pieces))}
-    else:
+    elif model_type in ("unigram", "char"):  # of single characters alone there is one way to spell a text
         model = {"type": "Unigram", "unk_id": unknown, "byte_fallback": True}
-        model |= {"vocab": [(piece.text, piece.score) for piece in pieces]}
+        model |= {"vocab": [(_text_of(piece), piece.score) for piece in pieces]}
+    else:
+        return None
     flags = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": piece.text, "special": True} | flags
+            {"id": i, "content": _text_of(piece), "special": piece.kind != "user"} | flags
             for i, piece in enumerate(pieces)
-            if piece.kind in ("control", "unknown")
+            if piece.kind in ("control", "unknown") or _is_found_first(piece)
         ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SP_SPACE},
         "pre_tokenizer": None,
@@ -58,9 +59,20 @@ def library_content(pieces: Sequence[Piece], unknown: int) -> dict[str, Any]:
     }
 
 
+def _is_found_first(piece: Piece) -> bool:
+    """Whether the piece is its user's; one with a plain space is never found, spaces having their stand-in by then."""
+    return piece.kind == "user" and " " not in piece.text
+
+
+def _text_of(piece: Piece) -> str:
+    """The piece as the library looks for it: before all others in the text itself, which has spaces."""
+    return piece.text.replace(SP_SPACE, " ") if _is_found_first(piece) else piece.text
+
+
 def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
     """Every way to put a piece together from two others, the best piece first."""
-    normal = [piece.text for piece in pieces if piece.kind == "normal"]
+    ranked = sorted(pieces, key=lambda piece: -piece.score)  # of pair encoding a score is the rank, below 0
+    normal = [piece.text for piece in ranked if piece.kind == "normal"]
     known = set(normal)
     for text in normal:
         for cut in range(1, len(text)):

@@ -1,6 +1,7 @@
 """SentencePiece models."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from megalite.errors import DataError
 from megalite.tokenizer.base import SP_MODEL, check_text, config_text, digest_of, name_of, read_file, save_files
 from megalite.tokenizer.sentencepiece_json import SP_SPACE, Piece, library_content
+from megalite.tokenizer.sentencepiece_proto import read_model
 
 
 class SentencePieceTokenizer:
@@ -30,6 +32,8 @@ class SentencePieceTokenizer:
         self.begin_of_document = self.end_of_document
         self.end_of_document_text = self._model.id_to_piece(self.end_of_document)
         self.unknown = self._model.unk_id()
+        ids = (i for i in range(self.vocab_size) if self._model.is_control(i))
+        self.special_tokens = {self._model.id_to_piece(i): i for i in ids}
         self._space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SP_SPACE.encode()]
         self._lossless = self._is_lossless()
 
@@ -66,8 +70,12 @@ class SentencePieceTokenizer:
         save_files(folder, {SP_MODEL: self._data}, config_text("sentencepiece", self))
 
     def library_json(self) -> dict[str, Any] | None:
-        """See `Tokenizer`; known of lossless models."""
-        return library_content(self._pieces, self.unknown) if self._lossless else None
+        """See `Tokenizer`; known of lossless models of pair encoding and unigram."""
+        if not self._lossless or any(self._model.is_unused(i) for i in range(self.vocab_size)):
+            return None
+        kind, user = read_model(self._data)
+        pieces = [replace(piece, kind="user") if i in user else piece for i, piece in enumerate(self._pieces)]
+        return library_content(kind, pieces, self.unknown)
 
     @cached_property
     def _pieces(self) -> list[Piece]:

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -299,6 +301,43 @@ def test_a_run_trains_on_from_imported_weights_and_is_exported_with_its_tokenize
     run = load_run(str(run_dir), None)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens()).logits, run.model(tokens()), atol=1e-4, rtol=0)
+
+
+def train_with_symbols(folder: Path, **settings) -> Path:
+    """A lossless SentencePiece model with pieces that its user defined."""
+    lossless = dict(normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False)
+    sentences = [line for text in texts() for line in text.split("\n") if line and "\x00" not in line]
+    with open(folder / "some.model", "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=model, vocab_size=600, minloglevel=2,
+            byte_fallback=True, user_defined_symbols=["<sep>", "<|im_start|>", "a▁river", "of night"],
+            **lossless, **settings,
+        )  # fmt: skip
+    return folder / "some.model"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_pieces_that_a_user_defined_are_exported_as_they_are_found(tmp_path, kind):
+    model = train_with_symbols(tmp_path, model_type=kind, hard_vocab_limit=False)
+    ours, out = load_tokenizer(model), tmp_path / "out"
+    ours.save(tmp_path / "ours")
+    out.mkdir()
+    export_tokenizer(tmp_path / "ours", out)
+    again = transformers.AutoTokenizer.from_pretrained(out)
+    for text in ["a<sep>b", " <|im_start|>user", "by a river that", "<sep><sep>", *texts()[:60]]:
+        assert again.encode(text, add_special_tokens=False) == ours.encode(text)
+
+
+def test_an_export_with_other_ids_is_not_written(tmp_path, caplog, monkeypatch):
+    model = load_tokenizer(train_with_symbols(tmp_path, model_type="bpe"))
+    model.save(tmp_path / "ours")
+    content = model.library_json()
+    content["model"]["merges"] = content["model"]["merges"][:-5]
+    monkeypatch.setattr(type(model), "library_json", lambda self: content)
+    (tmp_path / "out").mkdir()
+    export_tokenizer(tmp_path / "ours", tmp_path / "out")
+    assert "the tokenizer is left out" in caplog.text
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(("kind", "size"), [("sp_bpe", 600), ("sp_unigram", 550)])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from megalite.data.format import TokenStore
 from megalite.data_tools.store_tools.inspection import find_stores
 from megalite.errors import ConfigError, DataError
 from megalite.launch import data, tokenizer
@@ -57,7 +58,7 @@ def test_inspect(output, capsys):
     assert f"{manifest['num_tokens']} tokens" in printed.replace(",", "")
 
 
-def test_inspect_refuses_a_foreign_tokenizer(output, tmp_path):
+def test_inspect_refuses_a_foreign_tokenizer_and_shows_ids_without_one(output, tmp_path, capsys):
     import shutil
 
     shutil.copytree(output / "train/in", tmp_path / "store")
@@ -68,8 +69,9 @@ def test_inspect_refuses_a_foreign_tokenizer(output, tmp_path):
         data.inspect([f"store={tmp_path}/store"])
     manifest["tokenizer"] = None
     (tmp_path / "store/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match="no tokenizer"):
-        data.inspect([f"store={tmp_path}/store"])
+    assert data.inspect([f"store={tmp_path}/store", "documents=1"]) == 0
+    ids = TokenStore.open(tmp_path / "store").document(0)[:-1].tolist()
+    assert str(ids) in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
 
 
 @pytest.mark.parametrize(

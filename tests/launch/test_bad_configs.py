@@ -62,7 +62,7 @@ ROWS = {
     "a key of no group": (["trainr.steps=5"], 2, ["trainr", "Did you mean trainer"]),
     "an added key": (["+trainer.foo=1"], 2, ["trainer.foo"]),
     "an added group": (["+foo=1"], 2, ["foo"]),
-    "a removed key": (["~data.train"], 2, ["data.train", "required"]),
+    "a removed key": (["~data.train"], 2, ["data.train", "nor deleted"]),
     "something missing": (["data.train=???"], 2, ["data.train", "required"]),
     "a cycle": (["run_name=${run_dir}", "run_dir=${run_name}"], 2, ["run_"]),
     "an interpolation of nothing": (["run_name=${no.such.key}"], 2, ["no"]),
