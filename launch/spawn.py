@@ -26,7 +26,7 @@ from megalite.guard.goodput import process_started
 from megalite.guard.signals import SIGNALS
 
 _PR_SET_PDEATHSIG = 1
-_GRACE_SECONDS = 10.0  # between the polite signal and the last one
+_GRACE_SECONDS = 3.0  # between the polite signal and the last one, for ranks that wait for one that has failed
 
 
 def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:

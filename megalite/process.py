@@ -1,5 +1,6 @@
 """One process among the ranks: its device, its share of the cores, its process group."""
 
+import json
 import os
 from datetime import timedelta
 
@@ -8,6 +9,10 @@ import torch.distributed as dist
 
 from megalite.config.place import Place
 from megalite.errors import ResourceError
+
+_SHOWN_COLLECTIVES = 16
+# The flight recorder keeps so many of all groups; read by torch at the first one.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
 
 
 def pick_device(place: Place) -> torch.device:
@@ -24,6 +29,21 @@ def pick_device(place: Place) -> torch.device:
         )
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)
+
+
+def last_collectives() -> dict[str, list[tuple[int, str]]]:
+    """Process group -> its last collectives, oldest first, as (number, operation): from torch's flight recorder.
+
+    On a GPU only those that have started. Point-to-point operations are left out: their two sides differ.
+    """
+    trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
+    found: dict[str, list[tuple[int, str]]] = {name: [] for name in trace.get("pg_config", {})}
+    for entry in trace["entries"]:
+        waits = entry["state"] == "scheduled" and entry["profiling_name"].startswith("nccl")
+        if not entry["is_p2p"] and not waits:
+            group = " ".join(reversed(entry["process_group"]))
+            found.setdefault(group, []).append((entry["collective_seq_id"], entry["profiling_name"]))
+    return {group: collectives[-_SHOWN_COLLECTIVES:] for group, collectives in found.items()}
 
 
 def start_process_group(place: Place, device: torch.device) -> None:

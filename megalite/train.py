@@ -1,5 +1,6 @@
 """One rank of a training run: `torchrun -m megalite.train key=value ...`, or called by `megalite train`."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -8,17 +9,19 @@ import torch.distributed as dist
 
 from megalite.config.compose import compose_train, config_digest, config_values
 from megalite.config.place import Place, drop_local_rank, place_from_environment
-from megalite.config.schema import TrainConfig
+from megalite.config.schema import GuardConfig, TrainConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.errors import ConfigError, MegaliteError, ResourceError
 from megalite.guard.goodput import GOODPUT, GoodputClock, format_goodput, process_started
+from megalite.guard.heartbeat import Heartbeat
 from megalite.guard.lock import RunLock
 from megalite.guard.signals import StopSignals
+from megalite.guard.stall import Limits
 from megalite.guard.vitals import Vitals
 from megalite.log import get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
-from megalite.process import pick_device, start_process_group
+from megalite.process import last_collectives, pick_device, start_process_group
 from megalite.trainer import Trainer
 
 log = get_logger(__name__)
@@ -56,28 +59,40 @@ def train(config: TrainConfig, place: Place) -> None:
     device = pick_device(place)
     validate_train(config, place.world_size, device.type)
     run_dir = Path(config.run_dir)
-    lock = RunLock(run_dir) if place.rank == 0 else None
     clock = GoodputClock(place.started or process_started(), run_dir / GOODPUT if place.rank == 0 else None)
-    signals = StopSignals()
-    vitals = Vitals(clock, signals)
-    start_process_group(place, device)
-    try:
+    with contextlib.ExitStack() as stack:
         if place.rank == 0:
-            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(contextlib.closing(RunLock(run_dir)))
+        heartbeat = _start_heartbeat(config.guard, run_dir / "logs", place) if config.guard.watchdog else None
+        if heartbeat:
+            stack.enter_context(contextlib.closing(heartbeat))
+        signals = stack.enter_context(contextlib.closing(StopSignals()))
+        vitals = Vitals(clock, signals, heartbeat)
+        vitals.enter("start", "process group")
+        start_process_group(place, device)
+        stack.callback(dist.destroy_process_group)
+        vitals.enter("start", "configuration")
+        if place.rank == 0:
+            (run_dir / "logs").mkdir(exist_ok=True)
         _check_agreement(config)
         setup_logging(place.rank, run_dir / "logs" / f"rank_{place.rank}.log")
-        mesh = build_mesh(config.parallel, device)
-        trainer = Trainer(config, mesh, vitals)
+        trainer = Trainer(config, build_mesh(config.parallel, device), vitals)
         try:
             trainer.run()
         finally:
             if place.rank == 0:
                 log.info("where the time went, in all lives of the run:\n%s", format_goodput(clock.table()))
-    finally:
-        signals.close()
-        dist.destroy_process_group()
-        if lock:
-            lock.close()
+
+
+def _start_heartbeat(config: GuardConfig, logs: Path, place: Place) -> Heartbeat:
+    limits = Limits(timeout=config.timeout, start=config.start_timeout)
+    # A rank that a person started from a shell may outlive it.
+    has_launcher = place.init_method is not None
+    heartbeat = Heartbeat(
+        logs, place.rank, place.local_rank, place.world_size, limits=limits, has_launcher=has_launcher
+    )
+    heartbeat.watch_collectives(last_collectives)
+    return heartbeat
 
 
 def _check_agreement(config: TrainConfig) -> None:

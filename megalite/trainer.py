@@ -217,6 +217,7 @@ class Trainer:
         return row
 
     def _is_interrupted(self) -> bool:
+        self.vitals.enter("evaluate")  # it moves
         return is_any(bool(self.vitals.stop_signal), self.mesh.world, self.mesh.device)
 
     def _save(self, evaluation: dict[str, float], ephemeral: bool, is_last: bool) -> None:

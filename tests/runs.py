@@ -41,6 +41,7 @@ def tiny_config(run_dir: Path | str, store: Path | str = "unused", **groups: dic
         "schedule": {},
         "data": {"train": str(store), "sequence_length": 32},
         "checkpoint": {},
+        "guard": {},
         "launch": {},
         "logging": {},
     }

@@ -9,7 +9,7 @@ from megalite.errors import CheckpointError
 # Layout, speed, logging: they change no number of a run without dropout. (With it another layout, micro batch or
 # compiled block drops other elements, of the same distribution.)
 SAFE = (
-    "run_name", "run_dir", "launch", "logging", "checkpoint", "parallel",
+    "run_name", "run_dir", "launch", "logging", "guard", "checkpoint", "parallel",
     "engine.zero_stage", "engine.offload", "engine.recompute", "engine.compile",
     "trainer.stop_after", "trainer.log_every", "trainer.eval_every", "trainer.micro_batch_size",
     "trainer.max_skipped_steps", "data.validation", "data.prefetch",

@@ -215,6 +215,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """The watchdog: it names the rank that holds all others up, and ends the job."""
+
+    watchdog: bool = True
+    timeout: float | None = None  # seconds in which no rank moves; null: learned, 60 or 10 times what is usual
+    start_timeout: float = 1800.0  # seconds, for the start and the first step, which compiles
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """How `megalite train` starts ranks."""
 
@@ -257,6 +266,7 @@ class TrainConfig:
     schedule: ScheduleConfig
     data: DataConfig
     checkpoint: CheckpointConfig
+    guard: GuardConfig = field(default_factory=GuardConfig)
     launch: LaunchConfig
     logging: LoggingConfig
 

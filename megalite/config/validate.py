@@ -168,6 +168,10 @@ def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     for key in config.checkpoint.allow_changes:
         if not _has_key(config, key):
             yield f"checkpoint.allow_changes: there is no key {key!r}"
+    for key in ("timeout", "start_timeout"):
+        seconds = getattr(config.guard, key)
+        if seconds is not None and not is_positive(seconds):
+            yield f"guard.{key}: found {seconds}, must be above 0 seconds"
     for first, last in config.data.skip_steps:
         if not 1 <= first <= last:
             yield f"data.skip_steps: found [{first}, {last}], expected the first and the last of some steps, from 1"

@@ -1,5 +1,6 @@
 """Where a run's wall time went, over all its lives (one life is one start of the command)."""
 
+import itertools
 import json
 import os
 import time
@@ -74,7 +75,7 @@ def goodput_table(lives: list[Life]) -> dict[str, float]:
             lost = life.seconds["step"] * (taken - kept) / taken
             table["step"] -= lost
             table["lost work"] += lost
-    for before, after in zip(lives, lives[1:], strict=False):
+    for before, after in itertools.pairwise(lives):
         table["down"] += max(after.started - before.ended, 0.0)
     return table
 

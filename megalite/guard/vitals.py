@@ -1,19 +1,25 @@
 """What a rank is doing, and whether it was asked to stop: the loop's one line to the guard."""
 
 from megalite.guard.goodput import GoodputClock
+from megalite.guard.heartbeat import Heartbeat
 from megalite.guard.signals import StopSignals
 
 
 class Vitals:
-    """Handed to the trainer; every call costs about a microsecond, but for `mark`."""
+    """Handed to the trainer; a call costs a microsecond, but for `mark`."""
 
-    def __init__(self, clock: GoodputClock, signals: StopSignals):
-        """The parts, of this process."""
-        self.clock, self._signals = clock, signals
+    def __init__(self, clock: GoodputClock, signals: StopSignals, heartbeat: Heartbeat | None):
+        """The parts, of this process; without a heartbeat nobody watches it."""
+        self.clock, self._signals, self._heartbeat = clock, signals, heartbeat
 
     def enter(self, section: str, detail: str = "", step: int | None = None) -> None:
-        """The rank turns to `section` (of `goodput.SECTIONS`), for `step` if that is another one now."""
+        """The rank turns to `section` (of `goodput.SECTIONS`), for `step` if that is another one now.
+
+        All ranks enter the same sections in the same order, and a long one once more for each of its parts.
+        """
         self.clock.enter(section)
+        if self._heartbeat:
+            self._heartbeat.enter(f"{section}: {detail}" if detail else section, step)
 
     def begin(self, step: int) -> None:
         """The run goes on from `step`."""
