@@ -5,9 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN = re.compile(
-    r"\bimport pickle|\bfrom pickle|\bimport (dill|cloudpickle|marshal|shelve)\b|torch\.load\(|torch\.save\(|allow_pickle"
-    r"|yaml\.load\(|yaml\.unsafe|(?<![\w.])eval\(|(?<![\w.])exec\(|shell=True|os\.system|os\.popen|extractall|trust_remote_code"
-    r"|__import__\(|hydra\.utils\.instantiate|joblib|hub\.load"
+    r"\bimport pickle|\bfrom pickle|\bimport (dill|cloudpickle|marshal|shelve)\b|torch\.load\(|torch\.save\("
+    r"|allow_pickle|yaml\.load\(|yaml\.unsafe|(?<![\w.])eval\(|(?<![\w.])exec\(|shell=True|os\.system|os\.popen|extractall"
+    r"|trust_remote_code|__import__\(|hydra\.utils\.instantiate|joblib|hub\.load"
 )
 
 
