@@ -153,7 +153,8 @@ def test_hostile_names_reach_nothing_outside(tmp_path, tensors):
     names = ["../../../secret.safetensors", str(secret), "weight-00000.safetensors/../../../../secret.safetensors",
              "weight-00000.safetensors\0.txt", "a" * 300, "", ".", "..", "~/x", "$HOME/x", "weight-00000.pkl",
              "weight-00000.safetensors\n", "WEIGHT-00000.safetensors", "weight-0.safetensors",
-             "./weight-00000.safetensors", "//weight-00000.safetensors", "file:///etc/passwd", "weight-٠٠٠٠٠.safetensors"]  # fmt: skip
+             "./weight-00000.safetensors", "//weight-00000.safetensors", "file:///etc/passwd",
+             "weight-٠٠٠٠٠.safetensors"]  # fmt: skip
     for name in names:
         files = [dataclasses.replace(good.files[0], name=name), *good.files[1:]]
         write_manifest(folder, dataclasses.replace(good, files=files))
