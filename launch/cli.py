@@ -21,6 +21,7 @@ class Command:
     example: str
     config: tuple[type, str] | None = None
     notes: str = ""
+    lists: tuple[str, str] | None = None  # a heading, and module:function of megalite that gives the lines below it
     more: tuple[type, str] | None = None  # keys of the command's own, where `config` is that of another command
 
 
@@ -36,6 +37,8 @@ COMMANDS = {
         "turn raw text into a token store",
         "megalite data build input=books/*.txt output=stores/books tokenizer.path=tokenizers/books",
         (schema_data.DataBuildConfig, "data_build"),
+        notes="clean: a preset (conf/clean/) or a list of steps, clean=[nfc,{step:lines,options:{min_characters:20}}].",
+        lists=("steps of clean, and their options:", "data_tools.cleaning:describe_steps"),
     ),
     "data verify": Command(
         "data:verify",
@@ -224,6 +227,10 @@ def _help(name: str) -> str:
     lines = [f"megalite {name}: {command.summary}", "", f"  {command.example}"]
     if command.notes:
         lines += ["", command.notes]
+    if command.lists:
+        heading, where = command.lists
+        module, _, function = where.partition(":")
+        lines += ["", heading, *getattr(importlib.import_module(f"megalite.{module}"), function)()]
     if command.more:
         lines += ["", "keys of its own:", *describe_keys(*command.more)]
     if command.config:

@@ -4,6 +4,6 @@ A step looks at one document and gives back its text, changed or not, or says wh
 nothing between documents, so documents can be cleaned in any order by any number of processes.
 """
 
-from .pipeline import STEPS, Cleaner, build_cleaner
+from .pipeline import STEPS, Cleaner, build_cleaner, describe_steps
 
-__all__ = ["STEPS", "Cleaner", "build_cleaner"]
+__all__ = ["STEPS", "Cleaner", "build_cleaner", "describe_steps"]

@@ -1,7 +1,10 @@
 """The list of steps that a configuration names, run over one document at a time."""
 
+import dataclasses
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megalite.config.loader import check_choice, load_config
 from megalite.config.schema_data import CleanStepConfig
@@ -37,6 +40,26 @@ STEPS: Mapping[str, type[Step]] = {
     "urls": Urls,
     "whitespace": Whitespace,
 }
+
+
+def describe_steps() -> list[str]:
+    """Each step with what it does and its options, as lines of text."""
+    lines = []
+    for name, step in STEPS.items():
+        lines.append(f"  {name}: {(step.__doc__ or '').splitlines()[0]}")
+        fields = dataclasses.fields(step)  # type: ignore[arg-type]  each is a dataclass of its options
+        options = [f"{field.name}={_shown(field)}" for field in fields]
+        lines += textwrap.wrap(", ".join(options), 100, initial_indent="      ", subsequent_indent="      ")
+    return lines
+
+
+def _shown(field: "dataclasses.Field[Any]") -> str:
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "???"
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if isinstance(value, tuple | list | set | frozenset):
+        return f"[{','.join(map(str, value))}]"
+    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 class Cleaner:

@@ -88,7 +88,7 @@ class DedupConfig:
     exact: bool = False  # documents whose text is that of an earlier one
     near: bool = False  # documents whose sets of word n-grams are like those of an earlier one
     ngram: int = 5  # words (Han and other scripts without spaces: characters) of an n-gram
-    lines: bool = False  # lines that stand in an earlier document, or earlier in the same one; reads the input twice
+    lines: bool = False  # lines that stand earlier in the input, be it in a document that is dropped; reads it twice
     min_line_characters: int = 20  # shorter lines are never left out
     threshold: float = 0.75  # Jaccard similarity of the two sets from which on a document is left out
 

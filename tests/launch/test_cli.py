@@ -11,6 +11,7 @@ import yaml
 
 import megalite
 from megalite.config.compose import compose_train, config_values
+from megalite.data_tools.cleaning import STEPS
 from megalite.launch.cli import COMMANDS, main
 from tests.stores import make_store
 
@@ -252,3 +253,12 @@ def test_an_interrupt_has_the_code_that_shells_expect(monkeypatch):
 
     monkeypatch.setattr("megalite.launch.commands.compose_train", interrupted)
     assert main(["train"]) == 130
+
+
+def test_help_lists_the_steps_of_cleaning(capsys):
+    assert main(["data", "build", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "\n  code_quality: Drops files" in out
+    assert "\n      max_mean_line_length=100.0, max_line_length=1000, min_alphanumeric=0.25\n" in out
+    assert "keep=???" in out
+    assert all(f"\n  {name}: " in out for name in STEPS)
