@@ -13,6 +13,7 @@ import yaml
 from megalite.config.compose import compose_config, config_values, read_config
 from megalite.config.schema import ReportConfig, TrainConfig
 from megalite.errors import DataError
+from megalite.guard.goodput import GOODPUT, goodput_table, read_lives
 
 from .report_charts import build_charts, save_png
 from .report_page import render_page
@@ -97,6 +98,12 @@ def _facts(config: TrainConfig, rows: Sequence[Mapping[str, Any]], run_dir: Path
             ("Throughput", f"{human_count(median(speeds) if speeds else None)} tokens/s (median)"),
             ("Skipped steps", f"{last.get('skipped_steps') or 0:,}"),
         ]
+    if lives := read_lives(run_dir / GOODPUT):
+        table = goodput_table(lives)
+        total = sum(table.values()) or 1.0
+        shares = [f"{name} {seconds / total:.1%}" for name, seconds in table.items() if seconds / total >= 0.001]
+        starts = f" in {len(lives)} starts" if len(lives) > 1 else ""
+        facts.append(("Where the time went", f"{human_time(total)}{starts}: {', '.join(shares)}"))
     return [*facts, ("Run directory", str(run_dir))]
 
 

@@ -40,7 +40,8 @@ class SampleOrder:
         """`num_units[k]`: units (windows, documents, bins) of source k; `weights[k]`: its share, any positive scale.
 
         `later`: segments with other weights, by the samples they begin at. A weight of 0 leaves a source out, but
-        for one sample where weights change. Raises `DataError` for unfit weights or segments, and for a source that is to be drawn from but has no units.
+        for one sample where weights change. Raises `DataError` for unfit weights or segments, and for a source that is
+        to be drawn from but has no units.
         """
         if len(num_units) != len(weights):
             raise DataError(f"{len(num_units)} sources but {len(weights)} weights")

@@ -6,6 +6,7 @@ import pytest
 
 from megalite.config.compose import compose_train, save_config
 from megalite.errors import ConfigError, DataError
+from megalite.guard.goodput import Life
 from megalite.launch.report import report, write_report
 from megalite.launch.report_charts import build_charts
 from megalite.metrics.jsonl import JsonlSink
@@ -143,3 +144,10 @@ def test_the_command(run_dir, tmp_path, capsys):
     assert re.fullmatch(rf"{run_dir}/report.html\n{run_dir}/loss_curve.png\n", capsys.readouterr().out)
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
         report([f"run_dir={tmp_path / 'nowhere'}"])
+
+
+def test_where_the_time_went(run_dir):
+    lives = [Life(0.0, 100.0, 0, 40, {"start": 20.0, "step": 80.0}), Life(150.0, 250.0, 20, 60, {"step": 100.0})]
+    (run_dir / "goodput.jsonl").write_text("".join(json.dumps(vars(life)) + "\n" for life in lives))
+    page = write_report(run_dir).read_text()
+    assert "4m 10s in 2 starts: start 8.0%, step 56.0%, lost work 16.0%, down 20.0%" in page
