@@ -75,15 +75,18 @@ def iter_documents(inputs: Sequence[str], config: ReaderConfig, report: ReadRepo
 
 
 def iter_file_documents(
-    path: Path, config: ReaderConfig, source: str, report: ReadReport, span: Span = WHOLE
+    path: Path, config: ReaderConfig, source: str, report: ReadReport, span: Span = WHOLE, markup: bool = False
 ) -> Iterator[Document]:
-    """Stream the documents of one file or a span of it; `source` is that of documents without a column for it."""
+    """Stream the documents of one file or a span of it; `source` is that of documents without a column for it.
+
+    `markup`: documents of HTML files are the pages, not their text.
+    """
     columns = [config.text_column]
     for column in (config.id_column, config.source_column, config.language_column, config.split_column):
         columns += [column] if column is not None else []
     report.files += 1
     try:
-        for position, fields in iter_rows(path, _format(path, config), columns, config, span):
+        for position, fields in iter_rows(path, _format(path, config), columns, config, span, markup):
             try:
                 document = _document(fields, path, position, config, source)
             except BadRowError as bad:

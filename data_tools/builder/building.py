@@ -46,7 +46,7 @@ from .merging import WrittenStore, write_stores
 from .minhash import require_minhash
 from .page import build_page
 from .report import REPORT, REPORT_PAGE, BuildReport, make_report, read_report
-from .segments import Counts, finished_heads, open_segments, read_done
+from .segments import DOCUMENT, Counts, finished_heads, open_segments, read_done
 from .units import SEGMENT_BYTES, Part, Unit, Worker
 
 log = get_logger(__name__)
@@ -72,27 +72,52 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     mark = REPORT if config.overwrite else None
     output = Path(config.output)
     tokenizer = load_tokenizer(config.tokenizer.path)
-    files = find_files(config.input, config.reader.format)
+    files = _without_builds(find_files(config.input, config.reader.format), output)
     work = output.with_name(f"{output.name}.work-{_digest(config, tokenizer, files)}")
-    if _was_committed(work, output):
+    units = _units(config, files, work)
+    if _was_committed(work, output, units):
         log.info("%s was finished already", output)
         _remove(work)
         return read_report(output)
     refuse_existing(output, mark, OVERWRITE_HINT)
-    units = _units(config, files, work)
     try:
         with disk_errors(output), _work_directory(work, units):
             report = _build(config, units, tokenizer, work)
-            (work / REPORT).touch()  # so that what comes after the next line is known for what it is
+            # So that what comes after the next line is known for what it is.
+            (work / REPORT).write_text(_names(units), encoding="utf-8")
             commit_directory(work / "stores", output, mark)
     except BrokenProcessPool:
         raise ResourceError("a worker process died, perhaps for want of memory: set a smaller workers=") from None
     return report
 
 
-def _was_committed(work: Path, output: Path) -> bool:
-    """Whether a build was killed when its stores had their final name, but its work directory was still there."""
-    return (work / REPORT).exists() and (output / REPORT).is_file() and not (work / "stores").exists()
+def _without_builds(files: Sequence[Path], output: Path) -> list[Path]:
+    """`files` but for those that a build of `output` has written itself, below an input that holds it."""
+    own = output.resolve()
+    began = f"{own.name}.work-"
+
+    def is_own(path: Path) -> bool:
+        folders = path.resolve().parents
+        return own in folders or any(f.parent == own.parent and f.name.startswith(began) for f in folders)
+
+    kept = [path for path in files if not is_own(path)]
+    if len(kept) < len(files):
+        log.info("%d files below %s are left out of the input: a build wrote them", len(files) - len(kept), output)
+    if not kept:
+        raise DataError(f"input: every file found lies in the output, {output}")
+    return kept
+
+
+def _names(units: Sequence[Unit]) -> str:
+    """What the input was, in short."""
+    return "\n".join(unit.folder.name for unit in units)
+
+
+def _was_committed(work: Path, output: Path, units: Sequence[Unit]) -> bool:
+    """Whether a build of the same input was killed when its stores had their final name, and its work a folder yet."""
+    mark = work / REPORT
+    whole = mark.is_file() and (output / REPORT).is_file() and not (work / "stores").exists()
+    return whole and mark.read_text(encoding="utf-8") == _names(units)
 
 
 def _remove(work: Path) -> None:
@@ -163,7 +188,7 @@ def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer,
 
 
 def _digest(config: DataBuildConfig, tokenizer: Tokenizer, files: Sequence[Path]) -> str:
-    """Of all that segments depend on beside their own files: settings, files that they name, libraries.
+    """Of all that segments depend on beside their own files: settings, files that they name, libraries; their layout.
 
     With `dedup.lines` what is left of one file depends on those before it.
     """
@@ -176,7 +201,7 @@ def _digest(config: DataBuildConfig, tokenizer: Tokenizer, files: Sequence[Path]
     if config.dedup.lines:
         named += files
     libraries = {name: _version_of(name) for name in _LIBRARIES}
-    parts = [megalite.__version__, libraries, tokenizer.digest, values, [_identity(path) for path in named]]
+    parts = [megalite.__version__, DOCUMENT.descr, libraries, tokenizer.digest, values, [*map(_identity, named)]]
     return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -21,6 +21,11 @@ _CARDS = re.compile(
     r"|62\d{14,17}|6(?:011|4[4-9]\d|5\d\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}"
 )
 _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+# The first two digits of a Chinese identity number (GB/T 2260): provinces.
+_PROVINCES = re.compile(r"1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[12]")
+# What the first letter of a Taiwanese identity number counts: 10 and on, in this order.
+_TAIWAN_LETTERS = "ABCDEFGHJKLMNPQRSTUVXYWZIO"
+_TAIWAN_WEIGHTS = (1, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1)
 _DOUBLED = (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)
 
 
@@ -48,3 +53,18 @@ def is_chinese_id(text: str) -> bool:
         return False
     total = sum(weight * int(digit) for weight, digit in zip(_ID_WEIGHTS, text, strict=False))
     return "10X98765432"[total % 11] == text[17].upper()
+
+
+def is_old_chinese_id(digits: str) -> bool:
+    """Whether 15 digits are a Chinese identity number as before 1999 (GB 11643-1989): a province, a date of birth."""
+    try:
+        date(1900 + int(digits[6:8]), int(digits[8:10]), int(digits[10:12]))
+    except ValueError:
+        return False
+    return _PROVINCES.match(digits) is not None
+
+
+def is_taiwanese_id(text: str) -> bool:
+    """Whether a letter and 9 digits are a Taiwanese identity number: its digits, weighted, are 0 modulo 10."""
+    digits = f"{_TAIWAN_LETTERS.index(text[0]) + 10}{text[1:]}"
+    return sum(weight * int(digit) for weight, digit in zip(_TAIWAN_WEIGHTS, digits, strict=True)) % 10 == 0

@@ -3,168 +3,40 @@
 import html
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megalite.errors import DataError
 
+from .fragments import is_page, without_tags
 from .step import Dropped, require_package
-from .words import View
+from .tags import BLOCKS, CLOSED_SILENTLY, LINES, NOT_TEXT, PAGE_PARTS, PARAGRAPHS, VOID
+from .words import HAN, KANA, View
 
-_NOT_TEXT = ("script", "style", "noscript", "template", "svg", "math", "iframe", "object", "canvas", "audio", "video")
-_PARAGRAPHS = (
-    "p",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "blockquote",
-    "pre",
-    "table",
-    "ul",
-    "ol",
-    "dl",
-    "hr",
-    "article",
-    "section",
-    "header",
-    "footer",
-    "nav",
-    "aside",
-    "main",
-    "form",
-    "figure",
-)
-_LINES = (
-    "div",
-    "li",
-    "tr",
-    "dt",
-    "dd",
-    "address",
-    "figcaption",
-    "fieldset",
-    "option",
-    "details",
-    "summary",
-    "caption",
-    "center",
-    "legend",
-    "optgroup",
-    "search",
-    "hgroup",
-    "menu",
-    "dialog",
-    "title",
-)
-_INLINE = (
-    "a",
-    "abbr",
-    "acronym",
-    "b",
-    "bdi",
-    "bdo",
-    "big",
-    "button",
-    "cite",
-    "code",
-    "data",
-    "del",
-    "dfn",
-    "em",
-    "font",
-    "i",
-    "img",
-    "input",
-    "ins",
-    "kbd",
-    "label",
-    "mark",
-    "q",
-    "rp",
-    "rt",
-    "ruby",
-    "s",
-    "samp",
-    "select",
-    "small",
-    "span",
-    "strike",
-    "strong",
-    "sub",
-    "sup",
-    "textarea",
-    "time",
-    "tt",
-    "u",
-    "var",
-    "wbr",
-)
-_PAGE_PARTS = ("html", "head", "body", "tbody", "thead", "tfoot", "td", "th", "br", "meta", "link", "frameset")
+if TYPE_CHECKING:
+    from selectolax.lexbor import LexborNode
 
 # Non-characters (Unicode 23.7): they mark where lines end while runs of white space become one space.
-_PARAGRAPH, _LINE, _BREAK, _CELL, _SPACE, _TAB = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
-_MARKS = re.compile("[\ufdd0-\ufdd5]")
+_PARAGRAPH, _LINE, _BREAK, _CELL, _SPACE, _TAB, _NEWLINE = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5\ufdd6"
+_MARKS = re.compile("[\ufdd0-\ufdd6]")
+_PREFORMATTED = str.maketrans({"\n": _NEWLINE, " ": _SPACE, "\xa0": _SPACE, "\t": _TAB})
 _LINE_END = re.compile(f"[{_PARAGRAPH}{_LINE}{_BREAK}][ {_PARAGRAPH}{_LINE}{_BREAK}]*")
 _CELL_END = re.compile(f" *{_CELL} *")
-_CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
-_ENTITY = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6});")
-
-
-def _tags(*names: str) -> re.Pattern[str]:
-    return re.compile(rf"<(?:/?(?:{'|'.join(names)})(?:[\s/][^<>]*)?>|!--|!\[CDATA\[|!doctype\b)", re.IGNORECASE)
-
-
-_PAGE_TAG = _tags(*_PARAGRAPHS, *_LINES, *_NOT_TEXT, *_PAGE_PARTS)
-_INLINE_TAG = _tags(*_INLINE)
-# What makes a text a page: a document's own tags, or blocks that are closed, on a good part of its lines.
-_DOCUMENT_TAG = re.compile(r"<(?:!doctype\s+html|html|head|body)\b[^<>]*>", re.IGNORECASE)
-_BLOCK = "|".join((*_PARAGRAPHS, *_LINES, "td", "th", "tbody", "thead", "tfoot"))
-_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK}|br)(?:[\s/][^<>]*)?>", re.IGNORECASE)
-_CLOSED_BLOCK = re.compile(rf"</(?:{_BLOCK})\s*>|<(?:br|hr)\s*/?>|<p>", re.IGNORECASE)
-_LINES_TO_A_TAG = 3
-_ATTRIBUTES = r"""(?:\s+[A-Za-z_:@][\w:.@-]*(?:\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+))?)*\s*"""
-_KNOWN_TAG = re.compile(
-    rf"<(/?)({'|'.join((*_INLINE, *_NOT_TEXT))}|{_BLOCK})({_ATTRIBUTES})/?>", re.IGNORECASE
-)  # fmt: skip
-_VOID = {"br": "\n", "hr": "\n", "img": "", "input": "", "wbr": ""}
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_ANY_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)([^<>]*)>")
-_RAW = re.compile(r"<(script|style|svg)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
-_NEVER_OPEN = frozenset(
-    (
-        "dd",
-        "dt",
-        "optgroup",
-        "rp",
-        "rt",
-        "tbody",
-        "tfoot",
-        "th",
-        "thead",
-        "area",
-        "base",
-        "br",
-        "col",
-        "embed",
-        "hr",
-        "img",
-        "input",
-        "li",
-        "link",
-        "meta",
-        "option",
-        "p",
-        "param",
-        "source",
-        "td",
-        "tr",
-        "track",
-        "wbr",
-    )
+# Where a line of Chinese or Japanese goes on in the next one of the source; quotation marks may be anybody's.
+_UNSPACED = f"{HAN}{KANA}\u3001-\u303f\uff01-\uff65"
+_WRAP = re.compile(
+    rf"\n(?:(?<=[{_UNSPACED}]\n)[ \t\f\n]*+(?=[{_UNSPACED}“‘…—])|(?<=[”’…—]\n)[ \t\f\n]*+(?=[{_UNSPACED}]))"
 )
+_CDATA = re.compile(r"<!\[CDATA\[(.*?)\]\]>", re.DOTALL)
+_PAGE_TAG = re.compile(
+    rf"<(?:/?(?:{BLOCKS}|{'|'.join((*NOT_TEXT, *PAGE_PARTS))})(?:[\s/][^<>]*+)?>|!--|!\[CDATA\[|!doctype\b)",
+    re.IGNORECASE,
+)
+_ANY_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*+)([^<>]*+)>")
+_RAW = re.compile(r"<(script|style|svg)\b", re.IGNORECASE)
+_RAW_END = {name: re.compile(rf"</{name}\s*+>", re.IGNORECASE) for name in ("script", "style", "svg")}
+_NEVER_OPEN = frozenset((*CLOSED_SILENTLY, *VOID))
 _MANY_TAGS = 5_000
 _MAX_DEPTH = 2_000  # browsers stop at 512; the parser's time grows with the square of the depth
 
@@ -174,11 +46,11 @@ class Html:
     """Takes the text out of documents that are HTML; others keep theirs, without the tags that stand in pairs.
 
     Markup, comments, scripts and styles of a page go. An inline tag never parts a word (`wo<b>rd</b>`), a block always
-    does: by one newline, or a blank line around paragraphs, headings, lists and tables; cells are parted by a tab. A
-    document is a page when it has <html>, <head> or <body>, or closed blocks on a third of its lines; its own line
-    breaks then mean no more than blanks. Other texts, Markdown and source code among them, keep their lines, and what
-    only looks like a tag (`a<b && c>d`, `List<String>`); comments, and known tags that are opened and closed, go.
-    Entities (&amp;) are decoded in both.
+    does: by one newline, or a blank line around paragraphs, headings, lists and tables; cells are parted by a tab. The
+    line breaks of its source mean no more than blanks, between Chinese characters nothing; those of <pre> stay. What
+    came from a .html file is a page, and so is what `is_page` says. Other texts, Markdown and source code among them,
+    keep their lines, and what only looks like a tag (`a<b && c>d`, `List<String>`): see `without_tags`. Entities
+    (&amp;) are decoded in both, once.
 
     `extractor: trafilatura` (Barbaresi 2021) keeps the main content of a page, without menus and footers.
     """
@@ -193,57 +65,14 @@ class Html:
     def apply(self, view: View, language: str, counts: Counter[str]) -> str | Dropped:
         """The text without markup."""
         text = view.text
-        if "<" not in text:
-            return _decoded(text)
-        if not is_page(text):
-            return _decoded(_without_pairs(text))
+        if "<" not in text or not is_page(text):
+            return without_tags(text)
         if self.extractor == "trafilatura":
             return _main_content(text)
         try:
             return html_to_text(text)
         except ValueError as error:
             return Dropped(str(error))
-
-
-def is_page(text: str) -> bool:
-    """Whether a text is HTML, not one with a tag in it; see `Html`."""
-    if _DOCUMENT_TAG.search(text):
-        return True
-    if not _CLOSED_BLOCK.search(text):
-        return False
-    lines = sum(1 for line in text.split("\n") if line.strip())
-    return _LINES_TO_A_TAG * len(_BLOCK_TAG.findall(text)) >= lines
-
-
-def _decoded(text: str) -> str:
-    """Entities that end as they should: `&region=` is none."""
-    return _ENTITY.sub(lambda match: html.unescape(match[0]), text) if "&" in text else text
-
-
-def _without_pairs(text: str) -> str:
-    """A text without comments, and without the known tags that are opened and closed."""
-    if (end := text.rfind("-->")) >= 0:
-        text = _COMMENT.sub("", text[: end + 3]) + text[end + 3 :]
-    opened: dict[str, list[re.Match[str]]] = {}
-    cuts: list[tuple[int, int, str]] = []
-    for tag in _KNOWN_TAG.finditer(text):
-        name = tag[2].lower()
-        if name in _VOID:
-            cuts.append((tag.start(), tag.end(), _VOID[name]))
-        elif not tag[1]:
-            opened.setdefault(name, []).append(tag)
-        elif opened.get(name):
-            first = opened[name].pop()
-            if name in _NOT_TEXT:
-                cuts.append((first.start(), tag.end(), ""))
-            else:
-                cuts += [(first.start(), first.end(), ""), (tag.start(), tag.end(), "")]
-    kept, place = [], 0
-    for start, stop, instead in sorted(cuts):
-        if start >= place:
-            kept += [text[place:start], instead]
-        place = max(place, stop)
-    return "".join([*kept, text[place:]])
 
 
 def html_to_text(source: str) -> str:
@@ -257,16 +86,16 @@ def html_to_text(source: str) -> str:
         raise DataError("reading HTML needs one more package: pip install 'megalite[clean]'") from None
     if source.count("<") > _MANY_TAGS and _depth(source) > _MAX_DEPTH:
         raise ValueError(f"elements nested deeper than {_MAX_DEPTH}")
-    if "<![CDATA[" in source:
-        source = _CDATA.sub(lambda match: html.escape(match[1]), source)
+    if (end := source.rfind("]]>")) >= 0 and "<![CDATA[" in source:
+        source = _CDATA.sub(lambda match: html.escape(match[1]), source[: end + 3]) + source[end + 3 :]
     tree = LexborHTMLParser(_MARKS.sub("", source))
     body = tree.body
     if body is None:  # a frameset
         return ""
-    body.strip_tags(list(_NOT_TEXT))
+    body.strip_tags(list(NOT_TEXT))
     if not _PAGE_TAG.search(source):
         return str(body.text(separator=""))
-    for selector, mark in ((_PARAGRAPHS, _PARAGRAPH), (_LINES, _LINE)):
+    for selector, mark in ((PARAGRAPHS, _PARAGRAPH), (LINES, _LINE)):
         for node in body.css(",".join(selector)):
             node.insert_before(mark)
             node.insert_after(mark)
@@ -274,13 +103,23 @@ def html_to_text(source: str) -> str:
         node.insert_before(_BREAK)
     for node in body.css("td,th"):
         node.insert_after(_CELL)
-    for node in body.css("pre,textarea"):
-        kept = node.text(separator="").translate({10: _BREAK, 32: _SPACE, 9: _TAB})
-        node.replace_with(kept)
-    text = _CELL_END.sub("\t", _one_space(body.text(separator="").replace("\xa0", " ")))
+    for node in _outermost(body, "pre,textarea"):
+        node.replace_with(node.text(separator="").strip("\n").translate(_PREFORMATTED))
+    text = body.text(separator="")
+    text = _CELL_END.sub("\t", _one_space((text if text.isascii() else _WRAP.sub("", text)).replace("\xa0", " ")))
     # Blanks of the layout go before those of <pre> come back.
     lines = [line.strip(" \t\r\f") for line in _LINE_END.sub(_newlines, text).split("\n")]
-    return "\n".join(line.replace(_SPACE, " ").replace(_TAB, "\t").rstrip() for line in lines).strip("\n")
+    text = "\n".join(lines).replace(_SPACE, " ").replace(_TAB, "\t").replace(_NEWLINE, "\n")
+    return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+
+
+def _outermost(body: "LexborNode", selector: str) -> "Iterator[LexborNode]":
+    """The nodes that do not stand in another one, each before what is in it."""
+    inner: set[int] = set()
+    for node in body.css(selector):
+        if node.mem_id not in inner:
+            inner.update(within.mem_id for within in node.css(selector))
+            yield node
 
 
 def _one_space(text: str) -> str:
@@ -299,11 +138,26 @@ def _newlines(match: re.Match[str]) -> str:
 def _depth(source: str) -> int:
     """How deep elements stand in each other at most; those that are closed silently count as closed."""
     depth = deepest = 0
-    for end, name, rest in _ANY_TAG.findall(_RAW.sub("", source)):
+    for end, name, rest in _ANY_TAG.findall(_without_raw(source)):
         if name.lower() not in _NEVER_OPEN and not rest.endswith("/"):
             depth = max(0, depth - 1) if end else depth + 1
             deepest = max(deepest, depth)
     return deepest
+
+
+def _without_raw(source: str) -> str:
+    """The source without scripts, styles and pictures that are closed."""
+    kept, place, endless = [], 0, set()
+    for tag in _RAW.finditer(source):
+        name = tag[1].lower()
+        if tag.start() < place or name in endless:
+            continue
+        if (end := _RAW_END[name].search(source, tag.end())) is None:
+            endless.add(name)  # nor will it be found after the next one
+            continue
+        kept.append(source[place : tag.start()])
+        place = end.end()
+    return "".join([*kept, source[place:]])
 
 
 def _main_content(page: str) -> str | Dropped:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .checksums import IBAN_LENGTHS, is_card, is_chinese_id, is_iban
+from .checksums import IBAN_LENGTHS, is_card, is_chinese_id, is_iban, is_old_chinese_id, is_taiwanese_id
 from .step import Dropped, require
 from .words import View, spans_around
 
@@ -37,6 +37,11 @@ _SEVEN_DIGITS = re.compile(rb"0(?=[0 ().-]{6})(?:[ ().-]{0,3}0){6}")
 _AT = re.compile(b"@")
 _PART_OF_IP = re.compile(rb"0(?:\.0{1,3}\.0|[0a]{3}:[0a:])")
 _ID_CARD = re.compile(r"(?<![0-9A-Za-z])[1-9]\d{5}[ -]?(?:18|19|20)\d{6}[ -]?\d{3}[0-9Xx](?![0-9A-Za-z])", re.ASCII)
+_OLD_ID_CARD = re.compile(
+    r"(?<![0-9A-Za-z.-])[1-8]\d(?!00)\d{6}[01]\d[0-3]\d(?!000)\d{3}(?![0-9A-Za-z]|[.-]\d)", re.ASCII
+)
+# The second digit tells men, women, and foreigners of either.
+_TAIWANESE_ID = re.compile(r"(?<![0-9A-Za-z_.-])[A-Z][1289]\d{8}(?![0-9A-Za-z_-])", re.ASCII)
 _CARD = re.compile(r"(?<![0-9A-Za-z.-])[2-6]\d{3}(?:[ -]?\d{2,7}){1,5}(?![0-9A-Za-z])", re.ASCII)
 _IBAN_HEAD = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}[0-9]{2}(?= ?[0-9A-Z]{4})")
 _IBAN_BODY = re.compile(r"(?: ?[0-9A-Z]){11,29}")
@@ -47,23 +52,38 @@ _SSN = re.compile(
     re.ASCII,
 )
 _CHINA = r"(?:\(\+86\)|\+86|0086)[ -]?"
+_MOBILE = r"1[3-9]\d(?:[ -]?\d{4}){2}"
+_AREA = r"(?:10|2\d|[3-9]\d\d)"  # of China, after a 0
+_DASH = "[-–—]"
+_NO_SUM = " ?[元人次万萬亿億]"  # after a sum of money, a number of people or of times; 共 is before one
 _PHONE = re.compile(
-    "|".join(
+    "(?=[+(0-9])(?:"  # most characters are no beginning of any
+    + "|".join(
         (
-            # China: mobiles of 11 digits, landlines with their area code, service numbers.
-            # A sum of money or a number of people is none.
-            rf"(?<![0-9A-Za-z_.+-])(?:{_CHINA}|86[ -])?1[3-9]\d(?:[ -]?\d{{4}}){{2}}"
-            r"(?![0-9A-Za-z_]|[.-]\d| ?[元人万萬亿億])",
-            rf"(?<![0-9A-Za-z_.+/-])(?:{_CHINA})?(?:\(0(?:10|2\d|[3-9]\d\d)\) ?|0?(?:10|2\d|[3-9]\d\d)-)[2-9]\d{{6,7}}"
+            # China: mobiles of 11 digits, also one after the other, landlines with their area code, service numbers.
+            rf"(?:(?<![0-9A-Za-z_.+共-])|(?<=(?<!\d)1[3-9]\d{{9}}-)|(?<=[Tt]el)|(?<=TEL))(?:{_CHINA}|86[ -]?)?{_MOBILE}"
+            rf"(?![0-9A-Za-z_]|\.\d|-(?!1[3-9]\d{{9}}(?!\d))\d|{_NO_SUM})",
+            rf"(?<![0-9A-Za-z_.+/-])(?:{_CHINA})?(?:\(0{_AREA}\) ?|0?{_AREA}{_DASH})[2-9]\d{{6,7}}"
             r"(?:-\d{1,5})?(?![0-9A-Za-z_-])",
+            # With blanks in it, or nothing, a 0 must come first, and no other number stand beside it.
+            rf"(?<![0-9A-Za-z_.+/-])(?<!\d )"
+            rf"(?:(?:\(0{_AREA}\) ?|0{_AREA}{_DASH})[2-9]\d{{2,3}}[ -]|0{_AREA} [2-9]\d{{2,3}})\d{{4}}"
+            rf"(?![0-9A-Za-z_-]| \d|{_NO_SUM})",
+            rf"(?<![0-9A-Za-z_.+/-])0(?:10|2\d)[2-9]\d{{7}}(?![0-9A-Za-z_-]|\.\d|{_NO_SUM})",
             r"(?<![0-9A-Za-z_.+/-])[48]00[ -]?\d{3}[ -]\d{4}(?![0-9A-Za-z_-])",
+            rf"(?<![0-9A-Za-z_.+/-])400[016-9](?!\d*000)\d{{6}}(?![0-9A-Za-z_-]|\.\d|{_NO_SUM})",
+            # Taiwan: mobiles, landlines; 02-2024-1234 may be a month.
+            r"(?<![0-9A-Za-z_.+/-])09\d\d(?:-\d{3}-?|-?\d{3}-| \d{3} )\d{3}(?![0-9A-Za-z_-])",
+            r"(?<![0-9A-Za-z_.+/-])(?:(?:\(0[24]\) ?|0[24]-)(?!20)[2-8]\d{3}|(?:\(0[3-8]\) ?|0[3-8]-)[2-9]\d\d)-\d{4}"
+            r"(?![0-9A-Za-z_-])",
             # North America: 3-3-4 with separators, 1 or +1 before it.
             r"(?<![0-9A-Za-z_.+/-])(?:\+?1[ .-]?)?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]\d{4}"
             r"(?![0-9A-Za-z_]|[.-]\d)",
             # Any country: + and 8 to 15 digits (ITU-T E.164).
             r"(?<![0-9A-Za-z_+])\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d(?:[ .-]?\d){5,12}(?![0-9A-Za-z_])",
         )
-    ),
+    )
+    + ")",
     re.ASCII,
 )
 _IPV4 = re.compile(
@@ -79,10 +99,11 @@ _NO_ADDRESS = re.compile(r"(?i:version|release|firmware|section|chapter|build|ve
 class Pii:
     """Masks, or drops documents with, data about persons in English and Chinese text.
 
-    email; id_card: Chinese identity numbers with the right check digit; credit_card: known issuers, Luhn's check digit;
-    iban: modulo 97; ssn: of the United States, with dashes or named; phone: Chinese mobiles and landlines, North
-    American ones, and any with + and its country; ip: IPv4 and IPv6 addresses that are public. A mask is <EMAIL> and
-    so on. Names and postal addresses have no form to find them by.
+    email; id_card: Chinese identity numbers, of 18 digits and Taiwan's with the right check digit, of 15 digits with a
+    province and a date of birth; credit_card: known issuers, Luhn's check digit; iban: modulo 97; ssn: of the United
+    States, with dashes or named; phone: mobiles and landlines of China and Taiwan, North American ones, and any with +
+    and its country; ip: IPv4 and IPv6 addresses that are public. A mask is <EMAIL> and so on. Names and postal
+    addresses have no form to find them by.
     """
 
     action: Literal["mask", "drop"] = "mask"
@@ -150,9 +171,15 @@ def _emails(text: str, start: int, end: int) -> Iterator[Span]:
 
 
 def _id_cards(text: str, start: int, end: int) -> Iterator[Span]:
-    return (
-        match.span() for match in _ID_CARD.finditer(text, start, end) if is_chinese_id(re.sub("[ -]", "", match[0]))
-    )
+    for match in _ID_CARD.finditer(text, start, end):
+        if is_chinese_id(re.sub("[ -]", "", match[0])):
+            yield match.span()
+    for match in _OLD_ID_CARD.finditer(text, start, end):
+        if is_old_chinese_id(match[0]) and not is_card(match[0]):  # those of American Express have 15 digits too
+            yield match.span()
+    for match in _TAIWANESE_ID.finditer(text, start, end):
+        if is_taiwanese_id(match[0]):
+            yield match.span()
 
 
 def _cards(text: str, start: int, end: int) -> Iterator[Span]:

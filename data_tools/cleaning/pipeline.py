@@ -47,7 +47,7 @@ def describe_steps() -> list[str]:
     lines = []
     for name, step in STEPS.items():
         lines.append(f"  {name}: {(step.__doc__ or '').splitlines()[0]}")
-        fields = dataclasses.fields(step)  # type: ignore[arg-type]  each is a dataclass of its options
+        fields = dataclasses.fields(step)  # type: ignore[arg-type]
         options = [f"{field.name}={_shown(field)}" for field in fields]
         lines += textwrap.wrap(", ".join(options), 100, initial_indent="      ", subsequent_indent="      ")
     return lines

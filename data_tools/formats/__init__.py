@@ -61,9 +61,16 @@ def format_of(path: Path) -> str | None:
 
 
 def iter_rows(
-    path: Path, format_name: str, columns: Sequence[str], config: ReaderConfig, span: Span = WHOLE
+    path: Path,
+    format_name: str,
+    columns: Sequence[str],
+    config: ReaderConfig,
+    span: Span = WHOLE,
+    markup: bool = False,
 ) -> Iterator[Row]:
     """The rows of a file or of a span of it. `columns`: the text column first, then the others that are asked for.
+
+    `markup`: an HTML file's row is the page as it stands, for a step of the cleaning that takes the text out of it.
 
     Raises `BadFileError` when the file is empty, damaged, or another one at the end than at the beginning, `DataError`
     when a column is missing or of an unfit type.
@@ -80,7 +87,7 @@ def iter_rows(
         elif format_name == "json":
             rows = iter_json(path, columns, limit)
         elif format_name == "html":
-            rows = _iter_html(path, columns, limit)
+            rows = _iter_html(path, columns, limit, markup)
         else:
             rows = _iter_text(path, columns, config.document, limit, span)
         row = None
@@ -134,8 +141,9 @@ def _paragraphs(file: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | BadR
             lines.append(line)
 
 
-def _iter_html(path: Path, columns: Sequence[str], limit: int) -> Iterator[Row]:
-    """One document: the text of the page (see `cleaning.markup`)."""
+def _iter_html(path: Path, columns: Sequence[str], limit: int, markup: bool) -> Iterator[Row]:
+    """One document: the text of the page (see `cleaning.markup`), or with `markup` what `cleaning` knows for a page."""
+    from ..cleaning.fragments import as_page
     from ..cleaning.markup import html_to_text
 
     require_columns(path, columns, {columns[0]})
@@ -145,7 +153,8 @@ def _iter_html(path: Path, columns: Sequence[str], limit: int) -> Iterator[Row]:
         yield "line 1", too_large(limit)
         return
     try:
-        yield "line 1", {columns[0]: html_to_text(_decoded(page))}
+        source = _decoded(page)
+        yield "line 1", {columns[0]: as_page(source) if markup else html_to_text(source)}
     except BadRowError as bad:
         yield "line 1", bad
     except ValueError as error:
@@ -155,7 +164,7 @@ def _iter_html(path: Path, columns: Sequence[str], limit: int) -> Iterator[Row]:
 def _decoded(page: bytes) -> str:
     """A page is UTF-8, or what its <meta charset> says."""
     try:
-        return page.decode("utf-8")
+        return page.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         declared = _CHARSET.search(page[:_CHARSET_WITHIN])
         name = declared[1].decode("ascii").lower() if declared else "utf-8"

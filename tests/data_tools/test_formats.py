@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import zstandard
 
-from megalite.config.schema_data import ReaderConfig
+from megalite.config.schema_data import CleanStepConfig, ReaderConfig
+from megalite.data.format import TokenStore
+from megalite.data_tools.builder.building import build_store
 from megalite.data_tools.formats import FORMATS, format_of, json_rows
+from megalite.data_tools.store_tools.inspection import inspect_documents
 from megalite.errors import DataError
-from tests.data_tools.corpora import TRICKY, texts
+from tests.data_tools.corpora import TRICKY, build_config, texts
 from tests.data_tools.test_readers import SKIP, STOP, read, texts_of
 
 
@@ -183,6 +186,41 @@ def test_bad_pages(tmp_path, data, reason):
     with pytest.raises(DataError, match=rf"x\.html, line 1: {reason}"):
         read(tmp_path / "x.html")
     assert sum(read(tmp_path / "x.html", SKIP)[1].skipped.values()) == 1
+
+
+ESCAPED = "<p>Write <code>&lt;body&gt;</code> first &amp;amp; then</p><pre>&lt;p&gt;\n&lt;/p&gt;</pre>"
+
+
+@pytest.mark.parametrize("clean", ["html", "nfc"])
+def test_the_text_is_taken_out_of_a_page_once(tmp_path, tokenizer_path, clean):
+    """By the step that is there for it, or else by the reader."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, page in enumerate(("<html><body>{}</body></html>", "{}", "text first {}", "# heading\n```\n{}")):
+        page = "<meta charset=gbk>" + page.format(f"{ESCAPED}<div>好{i}</div>")
+        (folder / f"{i}.html").write_bytes(page.encode("gbk"))
+    bare = texts_of(folder)
+    assert all("Write <body> first &amp; then" in text and "<p>\n</p>" in text for text in bare)
+    steps = (CleanStepConfig(step=clean),)
+    build_store(build_config([folder], tmp_path / "out", tokenizer_path, clean=steps, validation_fraction=0.0))
+    assert stored(tmp_path / "out") == bare
+
+
+def test_the_extractor_of_the_step_is_that_of_html_files(tmp_path, tokenizer_path):
+    body = "".join(f"<p>{f'This is a long sentence of the article, number {i}. ' * 3}</p>" for i in range(9))
+    page = f"<html><body><nav><a href='/'>Menu entry</a></nav><article>{body}</article></body></html>"
+    (tmp_path / "x.html").write_text(page)
+    for extractor, holds in (("all", True), ("trafilatura", False)):
+        steps = (CleanStepConfig(step="html", options={"extractor": extractor}),)
+        build_store(build_config([tmp_path / "x.html"], tmp_path / extractor, tokenizer_path, clean=steps))
+        (text,) = stored(tmp_path / extractor)
+        assert ("Menu entry" in text) == holds
+        assert "article, number 8" in text
+
+
+def stored(out) -> list[str]:
+    (path,) = out.glob("*/*/manifest.json")
+    return [document.text for document in inspect_documents(TokenStore.open(path.parent), 9)]
 
 
 # One document -------------------------------------------------------------------------------------------------------

@@ -434,7 +434,7 @@ from megalite.config.schema_data import DataBuildConfig, ReaderConfig, StoreToke
 from megalite.data_tools.builder import building, units
 from megalite.data_tools.readers import Document
 
-def endless(path, config, source, report, span):
+def endless(path, config, source, report, span, markup):
     for report.documents in itertools.count(1):
         yield Document("night " * 1000, 6000, str(report.documents), "in", "", "train")
 
@@ -495,3 +495,39 @@ def test_twenty_kills_at_random_moments_with_one_two_and_four_workers(tmp_path, 
         if kills >= 20:
             break
         shutil.rmtree(tmp_path / "out")
+
+
+def test_an_output_below_its_own_input(tmp_path, tokenizer_path):
+    """What a killed build, or the one before, wrote there is no input."""
+    many_files(tmp_path / "in", 2)
+    config = build_config([tmp_path / "in"], tmp_path / "in/out", tokenizer_path)
+    before = stores_of(build_store(config) and tmp_path / "in/out")
+    (tmp_path / "in/out.work-0123456789abcdef/unit_1").mkdir(parents=True)
+    (tmp_path / "in/out.work-0123456789abcdef/unit_1/00000.json").write_text("{}")
+    build_store(replace(config, overwrite=True))
+    assert stores_of(tmp_path / "in/out") == before
+    with pytest.raises(DataError, match="every file found lies in the output"):
+        build_store(replace(config, input=(str(tmp_path / "in/out"),), overwrite=True))
+
+
+def test_a_build_killed_in_its_last_clean_up_is_not_taken_for_that_of_another_input(
+    tmp_path, tokenizer_path, monkeypatch
+):
+    many_files(tmp_path / "in", 2)
+    config = build_config([tmp_path / "in"], tmp_path / "out", tokenizer_path, overwrite=True)
+
+    def killed(work):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_store(config)
+    assert build_store(config).files == 2, "it was finished"
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_store(config)
+    write_jsonl(tmp_path / "in/9.jsonl", [{"text": "another file, which must be read"}])
+    assert build_store(config).files == 3
+    assert not list(tmp_path.glob("out.work-*"))

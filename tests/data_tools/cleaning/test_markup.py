@@ -1,9 +1,14 @@
+import gc
 import random
 import sys
+import time
+from collections import Counter
 
 import pytest
 
+from megalite.data_tools.cleaning import markup
 from megalite.data_tools.cleaning.markup import html_to_text
+from megalite.data_tools.cleaning.words import View
 from megalite.errors import ConfigError, DataError
 from tests.data_tools.cleaning.steps import run
 
@@ -16,6 +21,10 @@ PAGES = [
     ("<h1>Title</h1>text\n  over\n lines<ul><li>a<li>b</ul>", "Title\n\ntext over lines\n\na\nb"),
     ("<table><tr><td>a</td><td>b</td></tr><tr><th>c<th>d</table>", "a\tb\nc\td"),
     ("<pre>if x:\n    y\tz\n\n</pre><p>q</p>", "if x:\n    y\tz\n\nq"),
+    ("<p>a</p><pre>\n\n x = 1\n\n\n\ny =\xa0\xa02<br>z</pre><p>b</p>", "a\n\n x = 1\n\n\n\ny =  2\nz\n\nb"),
+    ("<pre>a\n\n\n<pre>b\n c</pre><textarea> d</textarea></pre>e", "a\n\n\n\n\nb\n c\n\n d\n\ne"),
+    ("<p>中文\n换行，\n\t<b>再</b>\n换\n“行”\n了ab\n中\nc", "中文换行，再换“行”了ab 中 c"),
+    ("<p>「日本\r\n語」</p>\n<p>中\n文 字</p>한국\n어", "「日本語」\n\n中文 字\n\n한국 어"),
     ("<p>a<!-- hidden <p> --> b<script>var x = '<p>no</p>'</script><style>p{}</style></p>", "a b"),
     ("<p>a<!-- outer <!-- inner --> b", "a b"),
     ("<p>unclosed <i>tags <b>everywhere", "unclosed tags everywhere"),
@@ -31,31 +40,6 @@ PAGES = [
 @pytest.mark.parametrize(("page", "text"), PAGES)
 def test_pages(page, text):
     assert html_to_text(page) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain text\n\n  with lines", None),
-        ("a < b, c > d, <3 and List<String> and <unk> stay", None),
-        ("fish &amp; chips &lt;b&gt; AT&T &c", "fish & chips <b> AT&T &c"),
-        ("first line\nsecond wo<b>rd</b>\n\nthird", "first line\nsecond word\n\nthird"),
-        ("first line\nsecond<br>line", "first line second\nline"),
-        ("x<!-- y -->z", "xz"),
-        ("if (a<b && c>d) new Foo<a>();\n#include <map>\nif a <b and c> d", None),
-        (
-            "# Title\n\n<!-- toc -->\n\n```\nList<String> x;\n```\n\n<p align='center'>hi</p>\n\n- one\n- two",
-            "# Title\n\n\n\n```\nList<String> x;\n```\n\nhi\n\n- one\n- two",
-        ),
-        ("a &amp; ?x=1&region=us&section=3&copy=2", "a & ?x=1&region=us&section=3&copy=2"),
-        ("one\ntwo\n<script>var a = '<div>';</script>\nthree\nfour", "one\ntwo\n\nthree\nfour"),
-        ("say <b>it <i>twice</b> now</i> </b> <!-- never closed", "say it twice now </b> <!-- never closed"),
-    ],
-)
-def test_what_is_no_page_keeps_its_lines(text, expected):
-    result, counts = run(text, "html")
-    assert result == (text if expected is None else expected)
-    assert counts == ({} if expected is None else {"html: changed": 1})
 
 
 @pytest.mark.parametrize(
@@ -77,6 +61,57 @@ def test_indentation_of_preformatted_text_stays():
 def test_only_markup_is_dropped():
     for page in ("<div><p></p></div>", "<script>x()</script>", "<!-- <p>a</p> -->"):
         assert run(page, "html") == (None, {"html: dropped (nothing left)": 1})
+
+
+GROWING = [
+    *("<![CDATA[", "<![CDATA[a]]>", "<script x>", "<style><svg>", "<script></script>", "<aaaaaaaaaaaaa", "<"),
+    *("<!-- ", "<?xml ", "<p> \n\n", "<br> x ", "中 \n", "<pre>\n a</pre>", "<li>", " \xa0"),
+]
+
+
+def work(text) -> float:
+    """CPU time of the step in seconds."""
+    gc.disable()  # what it walks over is that of the other tests
+    try:
+        start = time.process_time()
+        markup.Html().apply(View(text), "", Counter())
+        return time.process_time() - start
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("head", ["<html>", ""])
+def test_work_grows_with_the_text(head):
+    """Four times the text takes four times as long; it was sixteen times, and 4 s for 70 kB."""
+    work("<p>warm</p>")
+    for part in GROWING:
+        repeats = 10_000 // len(part)
+        assert work(head + part * 4 * repeats) < 10 * work(head + part * repeats) + 0.1, part
+
+
+def test_only_the_outermost_of_preformatted_elements_are_read(monkeypatch):
+    """Each costs as much as there is text in it."""
+    from selectolax.lexbor import LexborHTMLParser
+
+    texts = []
+
+    class Node:
+        def __init__(self, node):
+            self._node = node
+
+        def __getattr__(self, name):
+            return getattr(self._node, name)
+
+        def text(self, **options):
+            texts.append(self._node.text(**options))
+            return texts[-1]
+
+    honest = markup._outermost
+    monkeypatch.setattr(markup, "_outermost", lambda *options: map(Node, honest(*options)))
+    assert html_to_text("<pre>" * 300 + "x " * 100).split() == ["x"] * 100
+    assert len(texts) == 1
+    body = LexborHTMLParser("<pre>1<pre>2</pre></pre><p><pre>3<textarea>4</textarea></pre>").body
+    assert [node.text() for node in honest(body, "pre,textarea")] == ["12", "34"]
 
 
 @pytest.mark.parametrize("tag", ["<div>", "<b>", "<table><tr><td>", "<ul><li>"])
