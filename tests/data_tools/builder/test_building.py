@@ -490,7 +490,8 @@ def test_twenty_kills_at_random_moments_with_one_two_and_four_workers(tmp_path, 
             builder.send_signal(signal.SIGKILL)
             builder.wait()
             kills += 1
-            continue
+            if not (tmp_path / "out").exists() or list(tmp_path.glob("out.work-*")):
+                continue  # else it came just behind the end
         assert stores_of(tmp_path / "out") == stores_of(tmp_path / "whole")
         if kills >= 20:
             break
