@@ -21,11 +21,11 @@ from .minhash import BANDS
 from .segments import Segment
 from .shingles import I64, U64
 
-_RECORDS = 1 << 20  # keys in memory at a time
+_RECORDS = 1 << 19  # keys in memory at a time, and up to 8 pairs of each
 _PART = 1 << 14  # documents whose candidates are in one file: up to 168 pairs each
 _NEIGHBOURS = 8  # earlier documents with the same key that a document is compared with
 _EXAMPLES = 5  # of each kind
-_PAIR = np.dtype([("later", "<i8"), ("earlier", "<i8")])
+_NUMBER_BITS = 50  # of a pair: the earlier document's number; above them the later one's place in its part
 
 
 @dataclass
@@ -70,7 +70,7 @@ def _drop_exact(segments: Sequence[Segment], total: int, dropped: NDArray[np.boo
         for segment in segments:
             documents = segment.documents
             mine = in_share(documents["digest"][:, 0], share, shares)
-            found.append((documents["digest"][mine], segment.base + documents["position"][mine]))
+            found.append((documents["digest"][mine], segment.base + np.flatnonzero(mine)))
         numbers, same = sorted_by_digest(*(np.concatenate(column) for column in zip(*found, strict=True)))
         firsts = _first_of_group(same)
         later = np.flatnonzero(np.concatenate([[False], same]))
@@ -90,10 +90,10 @@ def _write_candidates(segments: Sequence[Segment], total: int, dropped: NDArray[
                 if not segment.head.documents:
                     continue
                 documents = segment.documents
-                numbers = segment.base + documents["position"]
                 keys = segment.bands[band]
-                mine = in_share(keys, share, shares) & ~dropped[numbers] & (documents["shingles"] > 0)
-                found.append((keys[mine], numbers[mine]))
+                left = ~dropped[segment.base : segment.base + len(documents)]
+                mine = in_share(keys, share, shares) & left & (documents["shingles"] > 0)
+                found.append((keys[mine], segment.base + np.flatnonzero(mine)))
             keys, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
             order = np.lexsort((numbers, keys))
             _append_pairs(keys[order], numbers[order], scratch)
@@ -101,20 +101,17 @@ def _write_candidates(segments: Sequence[Segment], total: int, dropped: NDArray[
 
 def _append_pairs(keys: U64, numbers: I64, scratch: Path) -> None:
     """Pair each document with the first of its key and some that come right before it."""
-    same = keys[1:] == keys[:-1]
-    firsts = _first_of_group(same)
+    firsts = _first_of_group(keys[1:] == keys[:-1])
     positions = np.arange(len(keys))
-    found = [np.stack([numbers, numbers[firsts]])[:, positions > firsts]]
-    for lag in range(1, _NEIGHBOURS):
-        fits = positions - lag > firsts
-        found.append(np.stack([numbers[fits], numbers[positions[fits] - lag]]))
-    later, earlier = np.concatenate(found, axis=1)
-    parts = later // _PART
-    for part in np.unique(parts).tolist():
-        pairs = np.empty(int(np.count_nonzero(parts == part)), _PAIR)
-        pairs["later"], pairs["earlier"] = later[parts == part], earlier[parts == part]
+    chosen = [positions > firsts, *(positions - lag > firsts for lag in range(1, _NEIGHBOURS))]
+    later = np.concatenate([numbers[fits] for fits in chosen])
+    earlier = [numbers[firsts[chosen[0]]], *(numbers[:-lag][fits[lag:]] for lag, fits in enumerate(chosen) if lag)]
+    pairs = ((later % _PART) << _NUMBER_BITS).astype(np.uint64) | np.concatenate(earlier).astype(np.uint64)
+    pairs = pairs[np.argsort(later // _PART, kind="stable")]
+    parts, counts = np.unique(later // _PART, return_counts=True)
+    for part, count, end in zip(parts.tolist(), counts, np.cumsum(counts), strict=True):
         with open(_pairs_file(scratch, part), "ab") as file:
-            pairs.tofile(file)
+            pairs[end - count : end].tofile(file)
 
 
 def _drop_near(
@@ -125,8 +122,9 @@ def _drop_near(
     for part in range(-(-len(dropped) // _PART)):
         if not _pairs_file(scratch, part).exists():
             continue
-        pairs = np.unique(np.fromfile(_pairs_file(scratch, part), _PAIR))
-        for later, earlier in ((int(pair["later"]), int(pair["earlier"])) for pair in pairs):
+        pairs = np.unique(np.fromfile(_pairs_file(scratch, part), np.uint64))
+        for pair in map(int, pairs):
+            later, earlier = part * _PART + (pair >> _NUMBER_BITS), pair & ((1 << _NUMBER_BITS) - 1)
             if dropped[later]:
                 continue
             kept = int(kept_for[earlier]) if dropped[earlier] else earlier
@@ -144,22 +142,19 @@ class _Sets:
     def __init__(self, segments: Sequence[Segment]):
         self._segments = [segment for segment in segments if segment.head.documents]
         self._bases = np.array([segment.base for segment in self._segments])
-        self._index = functools.lru_cache(maxsize=64)(self._read_index)
+        self._sets = functools.lru_cache(maxsize=64)(self._open)
 
     def of(self, number: int) -> NDArray[np.uint32]:
         """Sorted 32-bit hashes [n-grams]."""
         which = int(np.searchsorted(self._bases, number, side="right")) - 1
-        shingles, starts, lengths = self._index(which)
+        shingles, offsets = self._sets(which)
         position = number - self._segments[which].base
-        return shingles[starts[position] : starts[position] + lengths[position]]
+        return shingles[offsets[position] : offsets[position + 1]]
 
-    def _read_index(self, which: int) -> tuple[NDArray[np.uint32], I64, I64]:
-        """The sets of a segment, and where the set of each position begins and how long it is."""
-        documents = self._segments[which].documents
-        starts, lengths = np.empty(len(documents), np.int64), np.empty(len(documents), np.int64)
-        starts[documents["position"]] = np.cumsum(documents["shingles"]) - documents["shingles"]
-        lengths[documents["position"]] = documents["shingles"]
-        return self._segments[which].shingles, starts, lengths
+    def _open(self, which: int) -> tuple[NDArray[np.uint32], I64]:
+        """The sets of a segment side by side, and where each begins."""
+        lengths = self._segments[which].documents["shingles"]
+        return np.asarray(self._segments[which].shingles), np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:

@@ -50,7 +50,7 @@ def write_stores(
     with ExitStack() as stack:
         for segment in segments:
             documents = segment.documents
-            keep = ~dropped[segment.base + documents["position"]]
+            keep = ~dropped[segment.base : segment.base + len(documents)]
             for number, name in enumerate(segment.head.stores):
                 chosen = keep & (documents["store"] == number)
                 if not chosen.any():

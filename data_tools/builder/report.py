@@ -127,7 +127,7 @@ class _Heads:
         """The first words of a document."""
         segment = self._segments[bisect.bisect_right([s.base for s in self._segments], number) - 1]
         documents = segment.documents
-        index = int(np.flatnonzero(documents["position"] == number - segment.base)[0])
+        index = number - segment.base
         end = int(np.cumsum(documents["tokens"])[index])
         ids = segment.tokens[end - int(documents["tokens"][index]) : end][:_HEAD_TOKENS]
         # A character may be cut in two by the last token.

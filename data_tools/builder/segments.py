@@ -9,13 +9,14 @@ A build's input is cut into units (files); the worker of unit 7 writes its docum
                 00000.json       `SegmentHead`; written last, so a segment without it is not there
                 done.json        `UnitHead`: the unit is finished
 
-Documents stand by store and, within one, in the order of the input.
+Documents stand in the order of the input.
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ DOCUMENT = np.dtype(
         ("tokens", "<i8"),  # its end-of-document token included
         ("bytes", "<i8"),  # of its text in UTF-8
         ("shingles", "<i8"),
-        ("position", "<i8"),  # among the documents of the segment, in the order of the input
         ("store", "<i8"),  # index into the head's `stores`
         ("digest", "<u8", (2,)),  # xxh3_128 of its text
     ]
@@ -114,23 +114,50 @@ class Segment:
         return _map(self.path.with_suffix(".shingles"), np.dtype("<u4"))
 
 
-def write_segment(
-    path: Path,
-    head: SegmentHead,
-    tokens: NDArray[Any],
-    documents: NDArray[Any],
-    bands: NDArray[np.uint64] | None,
-    shingles: NDArray[np.uint32] | None,
-) -> None:
-    """Write and sync a segment; `path` is without ending."""
-    for ending, values in ((".tokens", tokens), (".documents", documents), (".bands", bands), (".shingles", shingles)):
-        if values is not None:
-            with open(path.with_suffix(ending), "wb") as file:
-                values.tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-    # Not `asdict`, which makes counters of pairs.
-    _commit(path.with_suffix(".json"), vars(head) | {"counts": vars(head.counts)})
+class SegmentWriter:
+    """Writes a segment as its documents come: nothing of them is held but their bands. Use as a context manager."""
+
+    def __init__(self, path: Path, near: bool):
+        """Open its files. `path`: without ending; `near`: documents have bands and shingles."""
+        self._path = path
+        self._bands: list[NDArray[np.uint64]] = []
+        self.num_documents = self.num_tokens = 0
+        with ExitStack() as stack:
+            endings = (".tokens", ".documents", *((".bands", ".shingles") if near else ()))
+            self._files = {ending: stack.enter_context(open(path.with_suffix(ending), "wb")) for ending in endings}
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> "SegmentWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def add(
+        self,
+        documents: NDArray[Any],
+        tokens: NDArray[Any],
+        bands: NDArray[np.uint64] | None,
+        shingles: NDArray[np.uint32] | None,
+    ) -> None:
+        """Append documents; the arrays are those of the files, see the head of this module."""
+        self.num_documents += len(documents)
+        self.num_tokens += len(tokens)
+        documents.tofile(self._files[".documents"])
+        tokens.tofile(self._files[".tokens"])
+        if bands is not None and shingles is not None:
+            self._bands.append(bands)
+            shingles.tofile(self._files[".shingles"])
+
+    def commit(self, head: SegmentHead) -> None:
+        """Sync everything, and say that the segment is there."""
+        if self._bands:
+            np.concatenate(self._bands, axis=1).tofile(self._files[".bands"])
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        # Not `asdict`, which makes counters of pairs.
+        _commit(self._path.with_suffix(".json"), vars(head) | {"counts": vars(head.counts)})
 
 
 def read_head(path: Path) -> SegmentHead | None:
@@ -184,9 +211,10 @@ def iter_tokens(segment: Segment, documents: NDArray[Any], keep: NDArray[np.bool
     """Ids of the documents of a segment that `keep` [documents] chooses, in runs of neighbours."""
     ends = np.cumsum(documents["tokens"])
     edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
-    tokens = segment.tokens
-    for first, last in edges.reshape(-1, 2):
-        yield tokens[ends[first] - documents["tokens"][first] : ends[last - 1]]
+    starts = (ends - documents["tokens"])[edges[::2]]
+    tokens = np.asarray(segment.tokens)  # slices of a `memmap` take longer
+    for start, end in zip(starts.tolist(), ends[edges[1::2] - 1].tolist(), strict=True):
+        yield tokens[start:end]
 
 
 def _commit(path: Path, values: dict[str, Any]) -> None:

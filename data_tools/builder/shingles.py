@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 _PIECE = 1 << 20  # characters of a document at a time
+_POWERS = _PIECE + (1 << 16)  # in a table: as many as a document needs, or many short ones with their ends
 _NO_WORD, _LETTER, _WORD = 0, 1, 2  # what a character is: between words, part of one, one by itself
 _ALONE = (  # blocks whose scripts write no spaces
     (0x0E00, 0x0E7F, "Thai"), (0x0E80, 0x0EFF, "Lao"), (0x1000, 0x109F, "Myanmar"), (0x1780, 0x17FF, "Khmer"),
@@ -55,7 +56,8 @@ def _batch_hashes(texts: Sequence[str], n: int) -> tuple[U64, I64]:
     padded = np.concatenate([words, np.zeros(n, np.uint64)])
     sums = padded[: len(words)].copy()
     for k in range(1, n):
-        sums = sums * _MULTIPLIER + padded[k : len(words) + k]
+        sums *= _MULTIPLIER
+        sums += padded[k : len(words) + k]
     first = np.repeat(starts[:-1] - offsets[:-1], grams) + np.arange(offsets[-1])
     hashes = sums[first]
     for document in np.flatnonzero((counts > 0) & (counts < n)).tolist():
@@ -81,9 +83,9 @@ def word_hashes(texts: Sequence[str]) -> tuple[U64, I64]:
     last = np.where(kind[first] == _WORD, first + 1, 0)
     last[kind[first] == _LETTER] = stops
     powers, inverses = _powers(len(points) + 1)
-    prefix = np.concatenate(
-        [np.zeros(1, np.uint64), np.cumsum((folded[points] + np.uint64(1)) * powers[: len(points)])]
-    )
+    prefix = np.zeros(len(points) + 1, np.uint64)
+    np.multiply(folded[points], powers[: len(points)], out=prefix[1:])
+    np.cumsum(prefix, out=prefix)
     words = scatter((prefix[last] - prefix[first]) * inverses[first])
     return words, np.concatenate([[0], np.searchsorted(first, ends)])
 
@@ -91,23 +93,26 @@ def word_hashes(texts: Sequence[str]) -> tuple[U64, I64]:
 def scatter(values: U64) -> U64:
     """A bijection of 64 bits whose values look random (SplitMix64)."""
     values = values + np.uint64(_BASE)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values ^= values >> np.uint64(30)
+    values *= np.uint64(0xBF58476D1CE4E5B9)
+    values ^= values >> np.uint64(27)
+    values *= np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return values
 
 
 @functools.cache
 def _tables() -> tuple[NDArray[np.uint8], U64]:
-    """What each code point is, and its lower case, by code point."""
+    """What each code point is, and the number after its lower case, by code point."""
     size = sys.maxunicode + 1
     kinds = np.zeros(size, np.uint8)
-    folded = np.arange(size, dtype=np.uint64)
+    folded = np.arange(1, size + 1, dtype=np.uint64)
     for start in range(0, 0x20000, 0x1000):  # beyond are Han, private use and nothing
         for point, character in enumerate(map(chr, range(start, start + 0x1000)), start):
             if character.isalnum() or unicodedata.category(character)[0] == "M":
                 kinds[point] = _LETTER
                 lower = character.lower()
-                folded[point] = ord(lower) if len(lower) == 1 else point
+                folded[point] = (ord(lower) if len(lower) == 1 else point) + 1
     kinds[0x20000:0x40000] = _LETTER
     for start, end, _ in _ALONE:
         block = kinds[start : end + 1]
@@ -115,7 +120,7 @@ def _tables() -> tuple[NDArray[np.uint8], U64]:
     return kinds, folded
 
 
-@functools.cache  # of a few powers of two
+@functools.cache
 def _powers_up_to(size: int) -> tuple[U64, U64]:
     inverse = pow(_BASE, -1, 2**64)
     powers = np.cumprod(np.concatenate([[np.uint64(1)], np.full(size - 1, _BASE, np.uint64)]), dtype=np.uint64)
@@ -124,5 +129,5 @@ def _powers_up_to(size: int) -> tuple[U64, U64]:
 
 
 def _powers(size: int) -> tuple[U64, U64]:
-    """The first powers of the base and of its inverse, [at least size] each."""
-    return _powers_up_to(1 << max(16, (size - 1).bit_length()))
+    """The first powers of the base and of its inverse, [at least size] each: most batches share one table."""
+    return _powers_up_to(-(-size // _POWERS) * _POWERS)

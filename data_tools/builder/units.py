@@ -1,11 +1,12 @@
 """What one worker does with one unit of the input: read, clean, look for leaks, hash, encode, write segments."""
 
+import ctypes
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -26,18 +27,21 @@ from .segments import (
     DOCUMENT,
     Counts,
     SegmentHead,
+    SegmentWriter,
     finished_heads,
     mark_done,
     read_done,
     segment_name,
-    write_segment,
 )
 from .shingles import shingle_hashes
 
 MAX_SOURCES = 64  # each store of a build holds files open
-SEGMENT_BYTES = 1 << 26  # of text in a segment: a worker's memory, and what a killed build does again
+SEGMENT_BYTES = 1 << 26  # of text in a segment: what a killed build does again
+_SEGMENT_DOCUMENTS = 1 << 17  # whose bands are held: 22 MB
 _CHUNK_BYTES = 1 << 19  # of text worked on at a time
 _CHUNK_DOCUMENTS = 1024
+_FORGET_BYTES = 3 << 26  # of text after which a worker's encoder forgets: a load costs 1% of the time
+_GROWTH = 1 << 27  # of a worker's memory, in bytes, after which it forgets too
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ class Worker:
         self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer.path)
         self.encoder = Encoder(self.tokenizer, config.tokenizer.engine)
         self.cleaner: Cleaner | None = build_cleaner(config.clean) if config.clean else None
+        self._markup = any(step.step == "html" for step in config.clean)  # which takes the text out, once
         self.leaks = LeakFinder(leaks, config.decontaminate) if leaks else None
         self.dtype = DTYPES[dtype_for(self.tokenizer.vocab_size)]
+        self._memory, self._encoded = _anonymous_bytes(), 0  # when the encoder was new; bytes of text since then
 
     def run(self, unit: Unit) -> None:
         """Do what is not done yet of `unit`. Raises `DataError` for bad input."""
@@ -87,11 +93,14 @@ class Worker:
         if dedup.lines:
             lines = LineDropper(unit.folder, dedup.min_line_characters, finished[-1].lines if finished else 0)
         for number, chunks in enumerate(_segments(documents), start=len(finished)):
-            segment = _SegmentBuilder(self, lines)
-            for chunk in chunks:
-                segment.add(chunk)
-            segment.write(unit.folder / segment_name(number), report.documents, report.skipped - skipped)
+            with SegmentWriter(unit.folder / segment_name(number), dedup.near) as writer:
+                segment = _SegmentBuilder(self, lines, writer)
+                for chunk in chunks:
+                    segment.add(chunk)
+                    self._bound_memory(chunk)
+                segment.commit(report.documents, report.skipped - skipped)
             skipped = report.skipped.copy()
+            _trim()
         mark_done(unit.folder, Counts(skipped=report.skipped - skipped), report.messages)
 
     def hash_lines(self, unit: Unit) -> None:
@@ -106,6 +115,14 @@ class Worker:
             return document.text
         return self.cleaner.clean(document.text, document.language, counts)
 
+    def _bound_memory(self, chunk: Sequence[Document]) -> None:
+        """Let the encoder forget its words now and then, and soon where nearly all are new: Chinese clauses, say."""
+        self._encoded += sum(document.num_bytes for document in chunk)
+        if self._encoded > _FORGET_BYTES or _anonymous_bytes() > self._memory + _GROWTH:
+            self.encoder.forget()
+            _trim()
+            self._memory, self._encoded = _anonymous_bytes(), 0
+
     def _documents(self, unit: Unit, report: ReadReport) -> Iterator[Document]:
         """Raises `DataError` for a file that is not the one with which the build began."""
         for part in unit.parts:
@@ -114,7 +131,7 @@ class Worker:
                 raise DataError(
                     f"{part.path} changed since the build began: give the same command again, it is read anew"
                 )
-            yield from iter_file_documents(part.path, self.config.reader, unit.source, report, part.span)
+            yield from iter_file_documents(part.path, self.config.reader, unit.source, report, part.span, self._markup)
 
     def store_of(self, document: Document) -> str:
         """The store that a document goes to, as a path below the output. `split`: told by a column, or by a hash.
@@ -132,13 +149,9 @@ class Worker:
 class _SegmentBuilder:
     """The documents of one segment, chunk by chunk."""
 
-    def __init__(self, worker: Worker, lines: LineDropper | None):
-        self._worker, self._lines, self._counts = worker, lines, Counts()
+    def __init__(self, worker: Worker, lines: LineDropper | None, writer: SegmentWriter):
+        self._worker, self._lines, self._writer, self._counts = worker, lines, writer, Counts()
         self._stores: dict[str, int] = {}
-        self._tokens: list[NDArray[Any]] = []  # documents side by side, with their ends
-        self._documents: list[NDArray[Any]] = []
-        self._bands: list[NDArray[np.uint64]] = []
-        self._shingles: list[NDArray[np.uint32]] = []  # of each document
 
     def add(self, chunk: Sequence[Document]) -> None:
         """Clean, check, hash and encode documents."""
@@ -157,41 +170,33 @@ class _SegmentBuilder:
         documents["bytes"] = [len(content) for content in data]
         digests = b"".join(xxhash.xxh3_128_digest(content) for content in data)
         documents["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+        bands = shingles = None
         if worker.config.dedup.near:
-            sets = self._add_signatures(texts)
+            hashes, offsets = shingle_hashes(texts, worker.config.dedup.ngram)
+            bands = band_keys(hashes, offsets)
+            short = (hashes >> np.uint64(32)).astype(np.uint32)  # 32 bits tell the n-grams of two documents apart
+            sets = [_set_of(short[start:end]) for start, end in pairwise(offsets.tolist())]
             documents["shingles"] = [len(values) for values in sets]
-            self._shingles += sets
-        self._documents.append(documents)
-        self._tokens.append(np.insert(ids.astype(worker.dtype), np.cumsum(counts), worker.tokenizer.end_of_document))
-
-    def write(self, path: Path, read: int, skipped: Counter[str]) -> None:
-        """Write the segment; `read`: documents of the unit up to its end, `skipped`: its bad rows by reason."""
-        worker = self._worker
-        documents = np.concatenate([np.empty(0, DOCUMENT), *self._documents])
-        documents["position"] = np.arange(len(documents))
-        flat = np.concatenate([np.empty(0, worker.dtype), *self._tokens])
-        store_of_token = np.repeat(documents["store"].astype(np.uint8), documents["tokens"])
-        tokens = [flat[store_of_token == store] for store in range(len(self._stores))]
-        order = np.argsort(documents["store"], kind="stable")
+            shingles = np.concatenate(sets)
+        tokens = np.insert(ids.astype(worker.dtype), np.cumsum(counts), worker.tokenizer.end_of_document)
         if worker.tokenizer.unknown is not None:
-            for name, ids in zip(self._stores, tokens, strict=True):
-                self._counts.unknown[name] += int(np.count_nonzero(ids == worker.tokenizer.unknown))
+            unknown = np.repeat(documents["store"], documents["tokens"])[tokens == worker.tokenizer.unknown]
+            for name, count in zip(self._stores, np.bincount(unknown, minlength=len(self._stores)), strict=True):
+                self._counts.unknown[name] += int(count)
+        self._writer.add(documents, tokens, bands, shingles)
+
+    def commit(self, read: int, skipped: Counter[str]) -> None:
+        """Finish the segment; `read`: documents of the unit up to its end, `skipped`: its bad rows by reason."""
         self._counts.skipped = skipped
-        near = worker.config.dedup.near and len(documents)
-        write_segment(
-            path,
+        self._writer.commit(
             SegmentHead(
                 stores=list(self._stores),
-                documents=len(documents),
-                tokens=len(flat),
+                documents=self._writer.num_documents,
+                tokens=self._writer.num_tokens,
                 read=read,
                 lines=self._lines.position if self._lines else 0,
                 counts=self._counts,
-            ),
-            np.concatenate([np.empty(0, worker.dtype), *tokens]),
-            documents[order],
-            np.concatenate(self._bands, axis=1)[:, order] if near else None,
-            np.concatenate([self._shingles[i] for i in order]) if near else None,
+            )
         )
 
     def _store(self, document: Document) -> int:
@@ -227,18 +232,23 @@ class _SegmentBuilder:
                 self._counts.example("decontamination", text)
         return [item for item, leak in zip(kept, leaked, strict=True) if not leak]
 
-    def _add_signatures(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Add the bands of some documents; returns their sets of n-grams."""
-        hashes, offsets = shingle_hashes(texts, self._worker.config.dedup.ngram)
-        self._bands.append(band_keys(hashes, offsets))
-        short = (hashes >> np.uint64(32)).astype(np.uint32)  # 32 bits tell the n-grams of two documents apart
-        return [_set_of(short[start:end]) for start, end in pairwise(offsets.tolist())]
-
 
 def _set_of(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Each value once, sorted: `np.unique` takes three times as long."""
     values = np.sort(values)
     return values[np.concatenate([[True], values[1:] != values[:-1]])[: len(values)]]
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file stands for: proc_pid_statm(5), resident but not shared."""
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps what long documents took for a moment, for ever."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def check_sources(stores: Collection[str], config: DataBuildConfig) -> None:
@@ -259,14 +269,15 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """The chunks of one segment."""
     chunk: list[Document] = []
     chunk_bytes = segment_bytes = 0
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
+        # A long document is a chunk by itself.
+        if chunk and (chunk_bytes + document.num_bytes > _CHUNK_BYTES or len(chunk) == _CHUNK_DOCUMENTS):
+            yield chunk
+            chunk, chunk_bytes = [], 0
         chunk.append(document)
         chunk_bytes += document.num_bytes
         segment_bytes += document.num_bytes
-        if chunk_bytes >= _CHUNK_BYTES or len(chunk) >= _CHUNK_DOCUMENTS or segment_bytes >= SEGMENT_BYTES:
-            yield chunk
-            chunk, chunk_bytes = [], 0
-        if segment_bytes >= SEGMENT_BYTES:
-            return
+        if segment_bytes >= SEGMENT_BYTES or number == _SEGMENT_DOCUMENTS:
+            break
     if chunk:
         yield chunk

@@ -80,3 +80,7 @@ def test_a_batch_is_its_documents():
     assert np.array_equal(hashes, np.concatenate(alone))
     assert np.diff(starts).tolist() == [len(values) for values in alone]
     assert len(shingle_hashes([], 5)[0]) == 0
+
+
+def test_a_table_of_powers_serves_short_texts_and_the_longest_pieces():
+    assert shingles._powers(1)[0] is shingles._powers(shingles._PIECE + 1024)[0]
