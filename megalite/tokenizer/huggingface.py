@@ -55,7 +55,7 @@ class HuggingFaceTokenizer:
         if self._byte_level and self.unknown is None:
             _check_alphabet(path, vocabulary)
         self._library = library  # all tokens, to decode with
-        self._encoder, self._content = _text_encoder(path, library, content, self.special_tokens)
+        self._encoder, self._text = _text_encoder(path, library, content, self.special_tokens)
 
     @cached_property
     def digest(self) -> str:
@@ -86,7 +86,7 @@ class HuggingFaceTokenizer:
 
     def library_json(self) -> dict[str, Any] | None:
         """See `Tokenizer`."""
-        return self._content
+        return json.loads(self._text or self._encoder.to_str())
 
     def save(self, folder: Path) -> None:
         """See `Tokenizer`."""
@@ -127,16 +127,18 @@ def _load_hugging_face(files: tuple[Path, ...], contents: list[bytes], end: str 
     return tokenizer
 
 
-def _text_encoder(
-    path: Path, library: Any, content: dict[str, Any], tokens: dict[str, int]
-) -> tuple[Any, dict[str, Any]]:
-    """The library's object that reads none of `tokens` in a text, and the content of its tokenizer.json."""
-    encoder, reduced = library, without_tokens(content, tokens)
-    if reduced is not None:
+def _text_encoder(path: Path, library: Any, content: dict[str, Any], tokens: dict[str, int]) -> tuple[Any, str | None]:
+    """The library's object that reads none of `tokens` in a text, and its tokenizer.json where that is another one.
+
+    As text: parsed it takes ten times the memory, in every worker of a build.
+    """
+    encoder, text = library, None
+    if (reduced := without_tokens(content, tokens)) is not None:
+        text = json.dumps(reduced)
         with library_errors(path):
-            encoder = type(library).from_str(json.dumps(reduced))
+            encoder = type(library).from_str(text)
     encoder.encode_special_tokens = True
-    return encoder, content if reduced is None else reduced
+    return encoder, text
 
 
 def _check_ids(path: Path, vocabulary: dict[str, int]) -> None:
