@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megalite.checkpoint_format import MANIFEST, Manifest, read_manifest, verify_checkpoint, write_file, write_manifest
 from megalite.config.schema import CheckpointConfig
-from megalite.data.files import sync_directory
+from megalite.data.files import exchange, sync_directory
 from megalite.errors import CheckpointError
 from megalite.failpoints import failpoint
 from megalite.log import get_logger
@@ -49,17 +49,33 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     final = checkpoints / checkpoint_name(manifest.step)
     failpoint("before rename")
     if final.exists():
-        old = final.rename(create_temporary(checkpoints, manifest.step) / "replaced")
-        temporary.rename(final)
-        shutil.rmtree(old.parent)
+        _replace(final, temporary)
     else:
         temporary.rename(final)
     sync_directory(checkpoints)
     failpoint("before latest")
-    write_file(checkpoints, f"{LATEST}.tmp", final.name.encode())
-    (checkpoints / f"{LATEST}.tmp").replace(checkpoints / LATEST)
-    sync_directory(checkpoints)
+    _name_latest(final)
     return final
+
+
+def _name_latest(folder: Path) -> None:
+    write_file(folder.parent, f"{LATEST}.tmp", folder.name.encode())
+    (folder.parent / f"{LATEST}.tmp").replace(folder.parent / LATEST)
+    sync_directory(folder.parent)
+
+
+def _replace(final: Path, temporary: Path) -> None:
+    """Give `temporary` the name `final`, and remove what had it; at no moment is there neither, where that can be."""
+    if exchange(temporary, final):
+        shutil.rmtree(temporary)
+        return
+    old = final.rename(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}"))
+    try:
+        temporary.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
+    shutil.rmtree(old)
 
 
 def set_aside_newer(checkpoints: Path, step: int) -> None:
@@ -96,9 +112,18 @@ def prune(checkpoints: Path, keep: CheckpointConfig) -> None:
         if folder not in kept:
             failpoint("during prune")
             _remove(folder)
+    if manifests and (newest := list(manifests)[-1]).name != _read_latest(checkpoints):
+        _name_latest(newest)  # a kill came between the two names
     for path in checkpoints.iterdir():
         if path.is_dir() and _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path)
+
+
+def _read_latest(checkpoints: Path) -> str:
+    try:
+        return (checkpoints / LATEST).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _remove(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from megalite.data.files import digest_file
+from megalite.data.files import digest_file, naming
 from megalite.errors import CheckpointError
 from megalite.failpoints import failpoint
 
@@ -76,7 +76,7 @@ class Manifest:
 
 def write_file(folder: Path, name: str, content: bytes) -> str:
     """Write and sync one file; returns its digest."""
-    with open(folder / name, "wb") as file:
+    with naming(folder / name), open(folder / name, "wb") as file:
         file.write(content)
         file.flush()
         failpoint("before fsync")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import secrets
+import time
 from datetime import timedelta
 
 import torch
@@ -11,6 +13,8 @@ from megalite.config.place import Place
 from megalite.errors import ResourceError
 
 _SHOWN_COLLECTIVES = 16
+_TIMEOUT = timedelta(minutes=30)
+_POLL_SECONDS = 0.02
 # The flight recorder keeps so many of all groups; read by torch at the first one.
 os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
 
@@ -38,7 +42,7 @@ def last_collectives() -> dict[str, list[tuple[int, str]]]:
     """
     trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
     found: dict[str, list[tuple[int, str]]] = {name: [] for name in trace.get("pg_config", {})}
-    for entry in trace["entries"]:
+    for entry in trace.get("entries", []):  # there are none before the first collective
         waits = entry["state"] == "scheduled" and entry["profiling_name"].startswith("nccl")
         if not entry["is_p2p"] and not waits:
             group = " ".join(reversed(entry["process_group"]))
@@ -49,13 +53,46 @@ def last_collectives() -> dict[str, list[tuple[int, str]]]:
 def start_process_group(place: Place, device: torch.device) -> None:
     """Join the other ranks: NCCL on GPUs, gloo on CPUs; a world of one needs no rendezvous."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    alone = place.init_method is None
+    store = dist.HashStore() if place.init_method is None else _store_of_this_start(place)
     dist.init_process_group(
         backend,
-        init_method=place.init_method,
-        store=dist.HashStore() if alone else None,
+        init_method=None if store else place.init_method,
+        store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(minutes=30),
+        timeout=_TIMEOUT,
         device_id=device if backend == "nccl" else None,
     )
+
+
+def _store_of_this_start(place: Place) -> dist.Store | None:
+    """A part of torchrun's store that no earlier start has written to; None where the launcher makes a store each time.
+
+    The agents of torch 2.13 keep one store for all restarts, in which the addresses of dead ranks still stand, and
+    count restarts each for itself. So rank 0 draws a name, and tells it to every rank that asks with a number of its
+    own, until all have come.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+        return None
+    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=_TIMEOUT))
+    shared = dist.PrefixStore("megalite", store)
+    own = secrets.token_hex(8)
+    if place.rank:
+        shared.set(f"asks/{place.rank}", own)
+        name = shared.get(f"told/{place.rank}/{own}").decode()
+        shared.set(f"came/{name}/{place.rank}", "")
+        return dist.PrefixStore(name, shared)
+    told: dict[int, bytes] = {}
+    missing = set(range(1, place.world_size))
+    deadline = time.monotonic() + _TIMEOUT.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise ResourceError(f"of {place.world_size} ranks these have not come within {_TIMEOUT}: {sorted(missing)}")
+        for rank in sorted(missing):
+            if shared.check([f"asks/{rank}"]) and (asked := shared.get(f"asks/{rank}")) != told.get(rank):
+                told[rank] = asked
+                shared.set(f"told/{rank}/{asked.decode()}", own)
+            if shared.check([f"came/{own}/{rank}"]):
+                missing.discard(rank)
+        time.sleep(_POLL_SECONDS)
+    return dist.PrefixStore(own, shared)

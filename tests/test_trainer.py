@@ -119,7 +119,7 @@ def test_what_a_run_leaves_behind(store, tmp_path):
         "run.lock",
     }  # fmt: skip
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step_00000006"}
-    assert {path.name for path in (run_dir / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {"heartbeats", "rank_0.log", "rank_1.log"}
     assert read_config(run_dir / "config.yaml") == config
     ds_config = json.loads((run_dir / "ds_config.json").read_text())
     assert ds_config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}

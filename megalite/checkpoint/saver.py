@@ -23,6 +23,7 @@ from megalite.checkpoint.engine_state import get_loss_scaler, get_tensor, link_m
 from megalite.checkpoint_folder import commit, create_temporary, prune
 from megalite.checkpoint_format import KINDS, FileEntry, Manifest, verify_file
 from megalite.config.compose import config_values
+from megalite.data.files import naming
 from megalite.data.format import TokenStore
 from megalite.engine import Engine
 from megalite.errors import CheckpointError
@@ -54,6 +55,7 @@ class Saver:
         """For the run in `run_dir`, whose `checkpoint` settings say how."""
         self._engine, self._folder = engine, run_dir / "checkpoints"
         self._config = engine.config.checkpoint
+        self._num_bytes = checkpoint_bytes(engine)
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: _Pending | None = None
 
@@ -78,7 +80,7 @@ class Saver:
         """
         self.finish()
         engine, rank, asynchronous = self._engine, self._engine.mesh.rank, self._config.asynchronous
-        temporary = on_rank_0("write", lambda: create_temporary(self._folder, counters.step))
+        temporary = on_rank_0("write", lambda: self._create(counters.step))
         link_moments(engine)
         parameters = dict(engine.parameters())
         files: list[Future[FileEntry]] = []
@@ -125,6 +127,22 @@ class Saver:
             return
         log.info("saved %s", on_rank_0("write", pending.committed.result))
 
+    def _create(self, step: int) -> Path:
+        try:
+            return create_temporary(self._folder, step)
+        except OSError as error:
+            raise CheckpointError(self._explain(error)) from None
+
+    def _explain(self, error: OSError) -> str:
+        try:
+            free = f"{shutil.disk_usage(self._folder.parent).free:,}"
+        except OSError:
+            free = "an unknown number"
+        return (
+            f"rank {self._engine.mesh.rank} could not write a checkpoint: {error}. It takes {self._num_bytes:,} bytes, "
+            f"the disk has {free} free"
+        )
+
     def close(self) -> None:
         """End the thread when it is done with what it was given."""
         self._thread.shutdown()
@@ -138,7 +156,7 @@ class Saver:
             except CheckpointError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"rank {self._engine.mesh.rank} could not write a checkpoint file: {error}"
+                problem = self._explain(error)
         try:
             return gather_lists(entries, problem)
         except CheckpointError:
@@ -171,9 +189,10 @@ class Saver:
         try:
             entries = sorted(entries, key=lambda entry: entry.name)
             final = commit(pending.temporary, Manifest(**pending.state, files=entries))
-        except OSError:
+        except OSError as error:
+            problem = self._explain(error)
             shutil.rmtree(pending.temporary, ignore_errors=True)
-            raise
+            raise CheckpointError(problem) from None
         failpoint("after commit")
         prune(self._folder, self._config)
         return final
@@ -210,7 +229,8 @@ def _to_host(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
 
 def _write_tensors(folder: Path, name: str, kind: str, tensors: dict[str, torch.Tensor]) -> FileEntry:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    with TensorFileWriter(folder / name, {key: ("F32", shape) for key, shape in shapes.items()}) as file:
+    announced = {key: ("F32", shape) for key, shape in shapes.items()}
+    with naming(folder / name), TensorFileWriter(folder / name, announced) as file:
         for tensor in tensors.values():
             file.write(tensor.numpy().data.cast("B"))
     return FileEntry(name, kind, file.num_bytes, file.digest, {key: list(shape) for key, shape in shapes.items()})

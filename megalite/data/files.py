@@ -1,5 +1,7 @@
 """Directories that are whole or absent: temporary names, renames that commit, digests."""
 
+import ctypes
+import errno
 import os
 import shutil
 import uuid
@@ -11,6 +13,7 @@ import xxhash
 
 from megalite.errors import DataError, ResourceError
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
 OVERWRITE_HINT = ", or set overwrite=true to replace it"  # for commands that have such a key
 _READ_BYTES = 1 << 20  # one buffer that stays in the cache: half the time of 16 MB at a time
 
@@ -59,6 +62,17 @@ def disk_errors(output: Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an `OSError` name the file: those of writing and syncing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def refuse_existing(path: Path, overwrite_mark: str | None, hint: str = "") -> None:
     """Raise `DataError` for a `path` that exists, unless it holds a file named `overwrite_mark`, or nothing.
 
@@ -94,9 +108,27 @@ def sync_directory(path: Path) -> None:
     """Flush the names in a directory to disk: a rename survives a power cut only then."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two directories swap names at once, so that a kill finds one or the other under each; False: not done.
+
+    Not every file system can (Linux, renameat2(2) with RENAME_EXCHANGE: NFS cannot). Raises `OSError`.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # glibc before 2.28
+        return False
+    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
 def _sibling(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Where a run's wall time went, over all its lives (one life is one start of the command)."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -50,8 +51,9 @@ class GoodputClock:
         if self._path:
             lines = [json.dumps(asdict(life)) + "\n" for life in [*self._earlier, self._life]]
             temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(lines))
-            temporary.replace(self._path)
+            with contextlib.suppress(OSError):  # a full disk: the next mark may succeed; training goes on
+                temporary.write_text("".join(lines))
+                temporary.replace(self._path)
 
     def table(self) -> dict[str, float]:
         """Seconds by section over all lives; see `goodput_table`."""

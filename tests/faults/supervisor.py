@@ -48,6 +48,19 @@ def draw_kill(source: random.Random, world_size: int, seconds: float) -> Kill:
 
 def run_once(config: TrainConfig, world_size: int, kill: Kill | None = None) -> int:
     """The command, in a process of its own and to its end; returns its exit code, negative for a signal."""
+    launcher = start_run(config, world_size, kill)
+    timer = None
+    if kill and kill.point is None:
+        timer = threading.Timer(kill.seconds, _kill_one, (launcher, kill.rank))
+        timer.start()
+    code = end_run(launcher)
+    if timer:
+        timer.cancel()
+    return code
+
+
+def start_run(config: TrainConfig, world_size: int, kill: Kill | None = None) -> int:
+    """Start the command; returns the pid of its launcher, which leads a process group of its own."""
     sys.stdout.flush()
     launcher = os.fork()
     if launcher == 0:
@@ -61,13 +74,12 @@ def run_once(config: TrainConfig, world_size: int, kill: Kill | None = None) -> 
             code = spawn_ranks(lambda place: _rank(checked, place, kill), world_size)
         finally:
             os._exit(code)
-    timer = None
-    if kill and kill.point is None:
-        timer = threading.Timer(kill.seconds, _kill_one, (launcher, kill.rank))
-        timer.start()
+    return launcher
+
+
+def end_run(launcher: int) -> int:
+    """Wait for the launcher and all its ranks; returns its exit code, negative for a signal."""
     _, status = os.waitpid(launcher, 0)
-    if timer:
-        timer.cancel()
     _wait_for_ranks(launcher)
     return os.waitstatus_to_exitcode(status)
 
@@ -91,11 +103,16 @@ def _kill_one(launcher: int, rank: int | None) -> None:
         if rank is None:
             os.kill(launcher, signal.SIGKILL)
             return
-        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-        if rank < len(children):
-            os.kill(int(children[rank]), signal.SIGKILL)
+        ranks = rank_pids(launcher)
+        if rank < len(ranks):
+            os.kill(ranks[rank], signal.SIGKILL)
     except (ProcessLookupError, FileNotFoundError):
         pass  # it has ended already
+
+
+def rank_pids(launcher: int) -> list[int]:
+    """The launcher's children, in the order in which it started them."""
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
 def _wait_for_ranks(group: int) -> None:
