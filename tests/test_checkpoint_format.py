@@ -4,7 +4,7 @@ import json
 import pytest
 import xxhash
 
-from megalite import checkpoint_folder, checkpoint_format
+from megalite import checkpoint_folder
 from megalite.checkpoint_folder import (
     checkpoint_name,
     choose_checkpoint,

@@ -59,7 +59,7 @@ def _shown(field: "dataclasses.Field[Any]") -> str:
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if isinstance(value, tuple | list | set | frozenset):
         return f"[{','.join(map(str, value))}]"
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Cleaner:

@@ -19,7 +19,8 @@ print(json.dumps([names, package, time.process_time() - start, sorted(sys.module
 def test_data_tools_import_no_torch_and_are_quick():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     names, package_seconds, all_seconds, modules = json.loads(done.stdout)
-    assert {f"megalite.data_tools.{name}" for name in ("readers", "builder.building", "tokenizer_training")} <= set(names)
+    rooms = ("readers", "builder.building", "tokenizer_training")
+    assert {f"megalite.data_tools.{room}" for room in rooms} <= set(names)
     heavy = {"torch", "deepspeed", "transformers", "wandb", "pyarrow", "sentencepiece", "tokenizers"}
     assert not heavy & set(modules)
     assert package_seconds < 1

@@ -151,6 +151,7 @@ def finish(run: Run, store: Path, straight, code: int | None = None) -> None:
     assert outcome(run.run_dir) == straight
 
 
+@pytest.mark.slow
 def test_torchrun_stopped_then_killed_loses_nothing_and_leaves_nobody(store, straight, tmp_path):
     """SIGTERM, the same command, SIGKILL, and to the end."""
     run = Run(TORCHRUN, tmp_path, store)
