@@ -36,6 +36,8 @@ LAYOUTS = [
     (4, 2, 2),
     (4, 2, 3),
 ]
+LONG = [(2, 2, 0), (4, 2, 1), (4, 2, 2)]  # half a minute each
+CASES = [pytest.param(*layout, marks=pytest.mark.slow if layout in LONG else ()) for layout in LAYOUTS]
 
 
 def config_of(tensor: int, zero_stage: int, precision: str = "fp32", **groups) -> TrainConfig:
@@ -92,7 +94,7 @@ def worst(curve: Curve, reference: Curve) -> tuple[float, float]:
     return max(abs(a[0] - b[0]) for a, b in pairs), max(abs(a[1] / b[1] - 1) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), LAYOUTS)
+@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), CASES)
 def test_every_layout_trains_as_plain_torch_does(world_size, tensor, zero_stage, reference):
     for curve in run_ranks(world_size, curve_of, config_of(tensor, zero_stage), STEPS):
         loss, norm = worst(curve, reference)

@@ -13,12 +13,14 @@ def test_every_kind_of_error_has_an_exit_code_of_its_own():
         "DataError": 3,
         "CheckpointError": 4,
         "ResourceError": 5,
+        "Preempted": 75,
     }
 
 
 def test_codes_can_be_told_from_those_of_shells_and_signals():
     assert errors.EXIT_OK == 0
-    assert all(0 < kind.exit_code < 64 for kind in MegaliteError.__subclasses__())
+    # 75 is EX_TEMPFAIL of sysexits.h: it means that the same command is to be run again.
+    assert all(0 < kind.exit_code < 64 or kind is errors.Preempted for kind in MegaliteError.__subclasses__())
 
 
 def test_no_message_tells_the_password_of_a_url():

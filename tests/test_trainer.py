@@ -372,8 +372,10 @@ def fail_writes_of(step, times, monkeypatch):
     monkeypatch.setattr(saver, "RETRY_SECONDS", (0.01, 0.01))
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize(("policy", "code", "left"), [("continue", 0, [2, 6]), ("stop", 4, [2]), ("retry", 4, [2])])
+@pytest.mark.parametrize(
+    ("policy", "code", "left", "asynchronous"),
+    [("continue", 0, [2, 6], True), ("stop", 4, [2], False), ("stop", 4, [2], True), ("retry", 4, [2], False)],
+)
 def test_a_full_disk(store, tmp_path, monkeypatch, capfd, policy, code, left, asynchronous):
     """Of three saves the second finds no room; the first stays, nothing half-written does."""
     checkpoint = {"save_every": 2, "keep": 9, "on_save_error": policy, "asynchronous": asynchronous}

@@ -73,8 +73,7 @@ ALL = PLAIN + CONTEXT + HALF
 QUICK = [
     *(layout for layout in PLAIN if layout.world == 1),
     *(Layout(1, 2, 0), Layout(1, 2, 3), Layout(2, 1, 1), Layout(2, 1, 2)),
-    *(Layout(1, 4, 3), Layout(2, 2, 0), Layout(2, 2, 2), Layout(4, 1, 1)),
-    *(CONTEXT[0], HALF[1], HALF[3]),
+    *(Layout(2, 2, 2), Layout(4, 1, 1), HALF[1]),
 ]
 
 

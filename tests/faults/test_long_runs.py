@@ -97,11 +97,13 @@ def config_of(folder: Path, store: Path, steps: int, every: int):
     )
 
 
+@pytest.mark.slow
 def test_nothing_piles_up_in_a_hundred_and_fifty_steps(store, tmp_path):
     ranks = watch(config_of(tmp_path / "some", store, 150, 20), 10)
     for samples in ranks:
-        early, late = samples[4], samples[14]  # steps 50 and 150: halfway between two saves
-        assert {name: early[name] for name in FLAT} == {name: late[name] for name in FLAT}
+        # The least of each half: a save on its way holds a file more.
+        early, late = ({name: min(s[name] for s in half) for name in FLAT} for half in (samples[1:8], samples[8:]))
+        assert late == early
     assert ranks[0][0]["children"] == 1, "the monitor"
 
 
