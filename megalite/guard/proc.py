@@ -40,17 +40,23 @@ def kill_main_thread(pid: int, start: int, number: int) -> None:
     """Send signal `number` so that its handler finds the main thread where it stood, also if the process was stopped.
 
     A signal to a process may be taken by any thread, when others have gone on already. Where the main thread waits in
-    the kernel, uninterruptible, another one gets it.
+    the kernel, uninterruptible, another one gets it: one that does not block it, as allocators' own threads do.
     """
     state = read_state(pid, start)
     if state == GONE:
         return
-    others = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid)]
-    thread = others[0] if state == "D" and others else pid
+    others = (int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid))
+    thread = next((task for task in others if not _blocks(pid, task, number)), pid) if state == "D" else pid
     try:
         ctypes.CDLL(None).tgkill(pid, thread, number)
     except AttributeError:  # glibc before 2.30
         kill(pid, start, number)
+
+
+def _blocks(pid: int, thread: int, number: int) -> bool:
+    """Whether the thread's mask keeps the signal from it; so does one that has ended."""
+    mask = _read(pid, f"task/{thread}/status").partition(b"SigBlk:")[2].split()
+    return not mask or bool(int(mask[0], 16) >> (number - 1) & 1)
 
 
 def find_launchers() -> list[tuple[int, int]]:

@@ -423,6 +423,36 @@ def test_a_main_thread_that_cannot_be_interrupted_is_seen_by_another(alone, tmp_
         assert (by_itself in stacks.read_text()) == (state == "S")
 
 
+def test_a_thread_that_blocks_the_signal_is_not_asked(alone, tmp_path, monkeypatch):
+    """An allocator's background thread blocks all signals: it would be pending there for ever."""
+    _, read = alone
+    monkeypatch.setattr("megalite.guard.proc.read_state", lambda pid, start: "D")
+    end, ready = threading.Event(), threading.Event()
+
+    def block():
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()))
+        ready.set()
+        end.wait()
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    ready.wait()
+    blocking = thread.native_id
+
+    def list_tasks(path):
+        tasks = [path / str(blocking), *(p for p in sorted(paths(path)) if p.name != str(blocking))]
+        return iter(tasks if path.name == "task" else paths(path))
+
+    paths = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", list_tasks)
+    try:
+        kill_main_thread(os.getpid(), 0, read().signal)
+        wait_for(lambda: "test_a_thread_that_blocks" in (tmp_path / FOLDER / "rank_00003.stacks").read_text(), 10)
+    finally:
+        end.set()
+        thread.join()
+
+
 def test_launchers_of_this_process_are_alive():
     assert all(read_state(pid, start) != GONE for pid, start in find_launchers())
     assert read_state(os.getpid(), read_stat(os.getpid()).start + 1) == GONE, "another process with the same pid"
