@@ -112,27 +112,36 @@ def _format(path: Path, config: ReaderConfig) -> str:
 def find_files(inputs: Sequence[str], format_name: str) -> list[Path]:
     """The files that `inputs` name, each once: inputs in the order given, folders and globs sorted.
 
-    A folder stands for all files below it with a known ending; hidden ones and others are left out. Raises `DataError`
-    for an input that matches nothing and for a file whose ending tells no format (with `reader.format=auto`).
+    A folder stands for all files below it with a known ending; hidden ones and others are left out. A link to nothing
+    is among them: who reads it says so. Raises `DataError` for an input that matches nothing or is such a link, and for
+    a file whose ending tells no format (with `reader.format=auto`).
     """
     if not inputs:
         raise DataError("input is empty: name files, folders or globs")
     found: dict[tuple[int, int], Path] = {}
     for name in inputs:
-        matches = [Path(name)] if os.path.lexists(name) else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
+        if os.path.islink(name) and not os.path.exists(name):
+            raise DataError(f"input {name!r} is a link to a file that does not exist")
+        matches = [Path(name)] if os.path.exists(name) else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
         if not matches:
             raise DataError(f"input {name!r} does not exist and matches no file")
         for match in matches:
             for path in _files_below(match) if match.is_dir() else [match]:
-                _check_file(path, format_name)
-                status = path.stat()
+                if format_name == "auto" and format_of(path) is None:
+                    raise DataError(f"{path}: its ending tells no format. Known: {_endings()}; or set reader.format")
+                status = status_of(path)
                 if (first := found.setdefault((status.st_dev, status.st_ino), path)) != path:
                     log.warning("%s is the same file as %s: read once", path, first)
     return list(found.values())
 
 
+def status_of(path: Path) -> os.stat_result:
+    """A file's; where a link leads to none, the link's own. Raises `OSError`."""
+    return path.stat() if path.exists() else path.lstat()
+
+
 def _files_below(folder: Path) -> list[Path]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() or not p.exists())  # a link to nothing is said below
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() or not p.exists())
     visible = [p for p in paths if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
     known = [p for p in visible if format_of(p)]
     if not known:
@@ -142,21 +151,14 @@ def _files_below(folder: Path) -> list[Path]:
     return known
 
 
-def _check_file(path: Path, format_name: str) -> None:
-    if not path.exists():
-        raise DataError(f"{path} is a link to a file that does not exist")
-    if format_name == "auto" and format_of(path) is None:
-        raise DataError(f"{path}: its ending tells no format. Known: {_endings()}; or set reader.format")
-
-
 def _endings() -> str:
     return ", ".join(f".{name}" for name in FORMATS) + f" (and {', '.join(COMPRESSIONS)} of all but parquet)"
 
 
 def default_source(inputs: Sequence[str], files: Sequence[Path], config: ReaderConfig) -> str:
     """The source of documents without a column for it: `reader.source`, or the first input's name without endings."""
-    path = Path(inputs[0]) if Path(inputs[0]).exists() else files[0]
-    name = path.resolve().name
+    path = inputs[0] if os.path.exists(inputs[0]) else files[0]
+    name = os.path.basename(os.path.realpath(path))
     try:
         return _checked_name(config.source if config.source is not None else name.split(".")[0] or name)
     except BadRowError as bad:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megalite.checkpoint_format import MANIFEST, Manifest, read_manifest, verify_checkpoint, write_file, write_manifest
 from megalite.config.schema import CheckpointConfig
-from megalite.data.files import exchange, sync_directory
+from megalite.data.files import put_in_place, sync_directory
 from megalite.errors import CheckpointError
 from megalite.failpoints import failpoint
 from megalite.log import get_logger
@@ -48,11 +48,7 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     sync_directory(temporary)
     final = checkpoints / checkpoint_name(manifest.step)
     failpoint("before rename")
-    if final.exists():
-        _replace(final, temporary)
-    else:
-        temporary.rename(final)
-    sync_directory(checkpoints)
+    put_in_place(temporary, final)
     failpoint("before latest")
     _name_latest(final)
     return final
@@ -62,20 +58,6 @@ def _name_latest(folder: Path) -> None:
     write_file(folder.parent, f"{LATEST}.tmp", folder.name.encode())
     (folder.parent / f"{LATEST}.tmp").replace(folder.parent / LATEST)
     sync_directory(folder.parent)
-
-
-def _replace(final: Path, temporary: Path) -> None:
-    """Give `temporary` the name `final`, and remove what had it; at no moment is there neither, where that can be."""
-    if exchange(temporary, final):
-        shutil.rmtree(temporary)
-        return
-    old = final.rename(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}"))
-    try:
-        temporary.rename(final)
-    except OSError:
-        old.rename(final)
-        raise
-    shutil.rmtree(old)
 
 
 def set_aside_newer(checkpoints: Path, step: int) -> None:

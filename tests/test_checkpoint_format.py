@@ -24,6 +24,7 @@ from megalite.checkpoint_format import (
     write_manifest,
 )
 from megalite.config.schema import CheckpointConfig
+from megalite.data import files
 from megalite.errors import CheckpointError
 
 
@@ -104,13 +105,14 @@ def test_the_final_name_appears_only_when_everything_is_there(checkpoints, monke
     """The order of a commit: manifest, sync, rename; a reader never sees the name without its content."""
     temporary = create_temporary(checkpoints, 5)
     seen = []
-    real = checkpoint_folder.sync_directory
+    real = files.sync_directory
 
     def watch(folder):
         seen.append((folder.name, (temporary / "manifest.json").is_file(), (checkpoints / "step_00000005").exists()))
         real(folder)
 
-    monkeypatch.setattr(checkpoint_folder, "sync_directory", watch)
+    for room in (files, checkpoint_folder):
+        monkeypatch.setattr(room, "sync_directory", watch)
     commit(temporary, manifest(5))
     assert seen == [(temporary.name, True, False), *[("checkpoints", False, True)] * 2]
 

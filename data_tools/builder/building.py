@@ -38,7 +38,7 @@ from megalite.tokenizer import Tokenizer, load_tokenizer
 
 from ..cleaning import build_cleaner
 from ..formats import WHOLE
-from ..readers import default_source, find_files, spans_of
+from ..readers import default_source, find_files, spans_of, status_of
 from .decontamination import write_ngrams
 from .dedup import find_duplicates
 from .line_dedup import mark_repeats
@@ -97,7 +97,7 @@ def _without_builds(files: Sequence[Path], output: Path) -> list[Path]:
     began = f"{own.name}.work-"
 
     def is_own(path: Path) -> bool:
-        folders = path.resolve().parents
+        folders = Path(os.path.realpath(path)).parents  # not resolve(), which raises for a loop of links
         return own in folders or any(f.parent == own.parent and f.name.startswith(began) for f in folders)
 
     kept = [path for path in files if not is_own(path)]
@@ -244,7 +244,7 @@ def _num_bytes(unit: Unit) -> int:
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
+    status = status_of(path)
     return str(path), status.st_size, status.st_mtime_ns
 
 

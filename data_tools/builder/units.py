@@ -19,7 +19,7 @@ from megalite.tokenizer import Encoder, Tokenizer, load_tokenizer
 
 from ..cleaning import Cleaner, build_cleaner
 from ..formats import Span
-from ..readers import Document, ReadReport, iter_file_documents
+from ..readers import Document, ReadReport, iter_file_documents, status_of
 from .decontamination import LeakFinder
 from .line_dedup import LineDropper, write_lines
 from .minhash import band_keys
@@ -126,8 +126,12 @@ class Worker:
     def _documents(self, unit: Unit, report: ReadReport) -> Iterator[Document]:
         """Raises `DataError` for a file that is not the one with which the build began."""
         for part in unit.parts:
-            status = part.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (part.size, part.changed):
+            try:
+                status = status_of(part.path)
+                found = (status.st_size, status.st_mtime_ns)
+            except FileNotFoundError:
+                found = None
+            if found != (part.size, part.changed):
                 raise DataError(
                     f"{part.path} changed since the build began: give the same command again, it is read anew"
                 )

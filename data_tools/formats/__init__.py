@@ -76,6 +76,8 @@ def iter_rows(
     when a column is missing or of an unfit type.
     """
     limit = config.max_document_bytes
+    if not path.exists():
+        raise BadFileError("link to a file that does not exist")
     try:
         before = path.stat()
         if before.st_size == 0:

@@ -38,16 +38,32 @@ def commit_directory(temporary: Path, path: Path, overwrite_mark: str | None = N
     """Give a whole directory on the same file system its final name. Raises `DataError` as `refuse_existing` does."""
     sync_directory(temporary)
     refuse_existing(path, overwrite_mark)
-    replaced = _sibling(path) if path.exists() else None
-    if replaced:
-        path.rename(replaced)
     try:
-        temporary.rename(path)
+        put_in_place(temporary, path)
     except OSError as error:
         raise DataError(f"{path} could not be put in place: {error}. Is another process writing it?") from None
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Let a directory have the name `path`, for good, and remove the one that had it.
+
+    At no moment is neither there, where the file system can swap names. Raises `OSError`: before the name changes
+    hands, or when what had it cannot be removed.
+    """
+    doomed = temporary
+    if not path.exists():
+        temporary.rename(path)
+    elif not exchange(temporary, path):
+        doomed = _sibling(path)
+        path.rename(doomed)
+        try:
+            temporary.rename(path)
+        except OSError:
+            doomed.rename(path)
+            raise
     sync_directory(path.parent)
-    if replaced:
-        shutil.rmtree(replaced)
+    if doomed.exists():
+        shutil.rmtree(doomed)
 
 
 @contextmanager
@@ -133,4 +149,4 @@ def exchange(first: Path, second: Path) -> bool:
 
 def _sibling(path: Path) -> Path:
     """A fresh name beside `path`, on the same file system, so that a rename commits."""
-    return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")

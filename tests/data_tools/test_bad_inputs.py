@@ -128,6 +128,12 @@ def directory_loop(folder: Path) -> Path:
     return folder
 
 
+def dangling_link(folder: Path) -> Path:
+    write_jsonl(folder / "a.jsonl", [{"text": "a"}])
+    (folder / "x.jsonl").symlink_to("gone")
+    return folder
+
+
 def link_loop(folder: Path) -> Path:
     (folder / "x.jsonl").symlink_to("y.jsonl")
     (folder / "y.jsonl").symlink_to("x.jsonl")
@@ -153,6 +159,7 @@ def odd_names(folder: Path) -> Path:
     return folder
 
 
+NO_TARGET = "link to a file that does not exist"
 LONE = '{"text": "\\ud800"}'
 CASES = [
     # Files
@@ -216,8 +223,11 @@ CASES = [
     ),
     Case("directory named x.parquet", named_parquet, texts=["a"]),
     Case("empty directory named x.parquet", empty_directory, "holds no file that ends in"),
-    Case("dangling symlink", lambda f: (f / "x.jsonl").symlink_to("gone"), "link to a file that does not exist"),
-    Case("symlink loop", link_loop, "link to a file that does not exist"),
+    Case("dangling symlink", dangling_link, NO_TARGET, {NO_TARGET: 1}, ["a"]),
+    Case("dangling symlink, glob", lambda f: dangling_link(f) / "*.jsonl", NO_TARGET, {NO_TARGET: 1}, ["a"]),
+    Case("dangling symlink, named", lambda f: dangling_link(f) / "x.jsonl", NO_TARGET),
+    Case("symlink loop", link_loop, NO_TARGET, {NO_TARGET: 2}, []),
+    Case("symlink loop, glob", lambda f: link_loop(f) / "*.jsonl", NO_TARGET, {NO_TARGET: 2}, []),
     Case("symlink loop of directories", directory_loop, texts=["a"]),
     Case("symlink loop of directories, glob", lambda f: directory_loop(f) / "**/*.jsonl", texts=["a"]),
     Case("same file twice, by path", lambda f: [put("x.jsonl", A)(f)] * 2, texts=["a"]),

@@ -283,13 +283,6 @@ def test_two_columns_of_one_name(tmp_path):
         read(tmp_path / "x.parquet")
 
 
-def test_a_link_to_nothing_inside_a_folder(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"b\.jsonl is a link to a file that does not exist"):
-        read(tmp_path)
-
-
 @pytest.mark.parametrize("on_bad", ["stop", "skip"])
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt"])
 def test_missing_column_is_always_an_error(tmp_path, ending, on_bad):

@@ -47,7 +47,7 @@ class Disk:
             module.open = self._open
         for name in ("fsync", "rename", "replace", "mkdir"):
             setattr(os, name, self._counted(name, getattr(os, name)))
-        checkpoint_folder.exchange = self._counted("exchange", files.exchange)
+        files.exchange = self._counted("exchange", files.exchange)
 
     def watch(self, refused: int | None = None, number: int = 0) -> None:
         """From now on; `refused`: the call, from 0, that fails with this error."""
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_is_replaced_is_there_at_any_moment(can_swap, tmp_path
         return looked
 
     exchange = files.exchange
-    monkeypatch.setattr(checkpoint_folder, "exchange", look(exchange) if can_swap else lambda *_: False)
+    monkeypatch.setattr(files, "exchange", look(exchange) if can_swap else lambda *_: False)
     monkeypatch.setattr(os, "rename", look(os.rename))
     with pytest.raises(OSError, match="Input/output"):
         commit(temporary, manifest(5))

@@ -195,7 +195,8 @@ def test_a_build_that_is_killed_after_its_end_was_finished(tmp_path, source, tok
         build_store(config)
 
 
-def test_a_file_that_changes_while_others_are_read(tmp_path, tokenizer_path, monkeypatch):
+@pytest.mark.parametrize("vanishes", [False, True])
+def test_a_file_that_changes_while_others_are_read(tmp_path, tokenizer_path, monkeypatch, vanishes):
     """Files and spans are read one after the other: none may come from another version than the planned one."""
     first, second = many_files(tmp_path / "in", 2)
     honest = units.iter_file_documents
@@ -203,7 +204,7 @@ def test_a_file_that_changes_while_others_are_read(tmp_path, tokenizer_path, mon
     def change(path, *rest):
         yield from honest(path, *rest)
         if path == first:
-            second.write_text(second.read_text() + "\n")
+            second.unlink() if vanishes else second.write_text(second.read_text() + "\n")
 
     monkeypatch.setattr(units, "iter_file_documents", change)
     with pytest.raises(DataError, match=r"1\.jsonl changed since the build began"):
@@ -294,6 +295,10 @@ def damaged_input(folder: Path, kind: str) -> Path:
         (folder / "b.jsonl").touch()
     elif kind == "empty document":
         write_jsonl(folder / "b.jsonl", [{"text": ""}])
+    elif kind == "dangling link":
+        (folder / "b.jsonl").symlink_to("gone")
+    elif kind == "loop of links":
+        (folder / "b.jsonl").symlink_to("b.jsonl")
     else:
         write_jsonl(folder / "b.jsonl", [{"body": "x"}])
     return folder
@@ -307,6 +312,8 @@ def damaged_input(folder: Path, kind: str) -> Path:
         ("invalid UTF-8", "invalid UTF-8", 1),
         ("empty file", "empty file", 1),
         ("empty document", "empty document", 1),
+        ("dangling link", "link to a file that does not exist", 2),
+        ("loop of links", "link to a file that does not exist", 1),
         ("missing column", None, 1),
     ],
 )
