@@ -4,6 +4,7 @@ Only this room imports DeepSpeed; `checkpoint/` reaches it through the engine.
 """
 
 import contextlib
+import gc
 import io
 import os
 import warnings
@@ -286,6 +287,11 @@ def preload() -> None:
     _import_deepspeed("cpu")
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  its @torch.compile brings inductor: 2 s of a rank
     import torch._dynamo  # noqa: F401
+
+    # A million objects that live as long as the process: the collector need not walk over them in every rank, which
+    # would also copy their pages. Collected first, or garbage would stay for good.
+    gc.collect()
+    gc.freeze()
 
 
 def _import_deepspeed(device_type: str) -> Any:

@@ -36,8 +36,8 @@ LAYOUTS = [
     (4, 2, 2),
     (4, 2, 3),
 ]
-LONG = [(2, 2, 0), (4, 2, 1), (4, 2, 2)]  # half a minute each
-CASES = [pytest.param(*layout, marks=pytest.mark.slow if layout in LONG else ()) for layout in LAYOUTS]
+# In `make test` the first of them: past the warm-up. Half a minute for fifty.
+NUM_STEPS = pytest.mark.parametrize("steps", [12, pytest.param(STEPS, marks=pytest.mark.slow)])
 
 
 def config_of(tensor: int, zero_stage: int, precision: str = "fp32", **groups) -> TrainConfig:
@@ -94,9 +94,11 @@ def worst(curve: Curve, reference: Curve) -> tuple[float, float]:
     return max(abs(a[0] - b[0]) for a, b in pairs), max(abs(a[1] / b[1] - 1) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), CASES)
-def test_every_layout_trains_as_plain_torch_does(world_size, tensor, zero_stage, reference):
-    for curve in run_ranks(world_size, curve_of, config_of(tensor, zero_stage), STEPS):
+@NUM_STEPS
+@pytest.mark.parametrize(("world_size", "tensor", "zero_stage"), LAYOUTS)
+def test_every_layout_trains_as_plain_torch_does(world_size, tensor, zero_stage, steps, reference):
+    for curve in run_ranks(world_size, curve_of, config_of(tensor, zero_stage), steps):
+        assert len(curve) == steps
         loss, norm = worst(curve, reference)
         assert loss <= 1e-5
         assert norm <= 1e-4
@@ -112,7 +114,9 @@ def compiled_curve_of(config: TrainConfig, steps: int) -> tuple[Curve, int]:
     return curve, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_compiled_blocks_train_as_plain_torch_does(zero_stage, reference):
     config = config_of(2, zero_stage, engine={"compile": True})
     for curve, graphs in run_ranks(4, compiled_curve_of, config, 10):
@@ -203,8 +207,10 @@ def test_the_loss_is_normalised_by_the_tokens_of_the_global_batch(world_size, te
         assert found_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_bf16_tracks_fp32_in_every_zero_stage(reference):
-    curves = {stage: run_ranks(4, curve_of, config_of(2, stage, "bf16"), STEPS)[0] for stage in (1, 2, 3)}
+@pytest.mark.parametrize(("tensor", "steps"), [(1, 12), pytest.param(2, STEPS, marks=pytest.mark.slow)])
+def test_bf16_tracks_fp32_in_every_zero_stage(tensor, steps, reference):
+    world_size = 2 * tensor
+    curves = {s: run_ranks(world_size, curve_of, config_of(tensor, s, "bf16"), steps)[0] for s in (1, 2, 3)}
     for stage, curve in curves.items():
         loss, norm = worst(curve, reference)
         assert loss <= 2e-3, f"ZeRO {stage} is {loss} from fp32"

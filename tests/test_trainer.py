@@ -39,9 +39,10 @@ def losses(rows) -> list[float]:
     return [row["loss"] for row in rows]
 
 
+@pytest.mark.parametrize("half", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2), ("fp32", 3)])
-def test_stop_and_resume_is_the_straight_run_bit_for_bit(precision, zero_stage, store, tmp_path):
-    """Bar: tensor 2 x data 2, dropout 0.1, 20 + 20 steps in separate processes against 40."""
+def test_stop_and_resume_is_the_straight_run_bit_for_bit(precision, zero_stage, half, store, tmp_path):
+    """Tensor 2 x data 2, dropout 0.1, twice `half` of the steps in separate processes against all of them."""
 
     def config(run_dir, **trainer):
         return tiny_config(
@@ -50,16 +51,16 @@ def test_stop_and_resume_is_the_straight_run_bit_for_bit(precision, zero_stage, 
             model=SMALL | {"dropout": 0.1},
             parallel={"tensor": 2},
             engine={"precision": precision, "zero_stage": zero_stage},
-            trainer={"steps": 40, "micro_batch_size": 2} | trainer,
+            trainer={"steps": 2 * half, "micro_batch_size": 2} | trainer,
         )
 
     straight = train_on_ranks(config(tmp_path / "straight"), 4)
-    stopped = train_on_ranks(config(tmp_path / "resumed", stop_after=20), 4)
-    assert losses(stopped) == losses(straight)[:20]
+    stopped = train_on_ranks(config(tmp_path / "resumed", stop_after=half), 4)
+    assert losses(stopped) == losses(straight)[:half]
     if (precision, zero_stage) == ("fp32", 1):
         perturbed_is_seen(config, straight, tmp_path)
     resumed = train_on_ranks(config(tmp_path / "resumed"), 4)
-    assert [row["step"] for row in resumed] == list(range(1, 41))
+    assert [row["step"] for row in resumed] == list(range(1, 2 * half + 1))
     assert losses(resumed) == losses(straight)
     assert [row["grad_norm"] for row in resumed] == [row["grad_norm"] for row in straight]
     assert [row["tokens_seen"] for row in resumed] == [row["tokens_seen"] for row in straight]
@@ -67,8 +68,9 @@ def test_stop_and_resume_is_the_straight_run_bit_for_bit(precision, zero_stage, 
 
 def perturbed_is_seen(config, straight, tmp_path) -> None:
     """One element of one moment differs in the checkpoint: the losses after it differ too."""
+    half = len(straight) // 2
     shutil.copytree(tmp_path / "resumed", tmp_path / "perturbed")
-    folder = tmp_path / "perturbed/checkpoints/step_00000020"
+    folder = tmp_path / f"perturbed/checkpoints/step_{half:08d}"
     entry = next(entry for entry in read_manifest(folder).files if entry.kind == "exp_avg")
     tensors = load_file(folder / entry.name)
     name = next(name for name in tensors if name.endswith("qkv.weight"))
@@ -79,9 +81,9 @@ def perturbed_is_seen(config, straight, tmp_path) -> None:
     manifest = read_manifest(folder)
     files = [changed if file.name == entry.name else file for file in manifest.files]
     write_manifest(folder, dataclasses.replace(manifest, files=files))
-    perturbed = train_on_ranks(config(tmp_path / "perturbed", stop_after=24), 4)
-    assert losses(perturbed)[:20] == losses(straight)[:20]
-    assert losses(perturbed)[20:24] != losses(straight)[20:24]
+    perturbed = train_on_ranks(config(tmp_path / "perturbed", stop_after=half + 4), 4)
+    assert losses(perturbed)[:half] == losses(straight)[:half]
+    assert losses(perturbed)[half:] != losses(straight)[half : half + 4]
 
 
 def test_a_checkpoint_continues_on_another_layout(store, tmp_path):

@@ -22,8 +22,13 @@ def store(tmp_path_factory) -> Path:
     return write_store(tmp_path_factory.mktemp("stores") / "words")
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_same_seed_gives_the_same_two_hundred_losses(ranks, store, tmp_path):
+LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps"), [(1, 50), pytest.param(1, 200, marks=LONG), pytest.param(2, 200, marks=LONG)]
+)
+def test_the_same_seed_gives_the_same_losses(ranks, steps, store, tmp_path):
     def losses(name, seed=7, stop_after=None):
         (tmp_path / name).mkdir()
         config = tiny_config(
@@ -31,14 +36,14 @@ def test_the_same_seed_gives_the_same_two_hundred_losses(ranks, store, tmp_path)
             store,
             model=SMALL | {"dropout": 0.1},
             parallel={"tensor": ranks},
-            trainer={"steps": 200, "global_batch_size": 2, "stop_after": stop_after},
+            trainer={"steps": steps, "global_batch_size": 2, "stop_after": stop_after},
         )
         object.__setattr__(config, "seed", seed)
         assert run_once(config, ranks) == 0, (tmp_path / name / "stderr.txt").read_text()
         return outcome(tmp_path / name / "run")
 
     first = losses("first")
-    assert len(first[0]) == 200
+    assert len(first[0]) == steps
     assert losses("second") == first
     assert losses("another", seed=8, stop_after=1)[0][1] != first[0][1]
 
@@ -97,8 +102,9 @@ def config_of(folder: Path, store: Path, steps: int, every: int):
     )
 
 
-def test_nothing_piles_up_in_a_hundred_and_fifty_steps(store, tmp_path):
-    ranks = watch(config_of(tmp_path / "some", store, 150, 20), 10)
+@pytest.mark.parametrize("every", [4, pytest.param(10, marks=LONG)])
+def test_nothing_piles_up_in_fifteen_times(every, store, tmp_path):
+    ranks = watch(config_of(tmp_path / "some", store, 15 * every, 2 * every), every)
     for samples in ranks:
         # Between the first evaluation, which opens its store, and the last step, which ends the reading ahead. The
         # least of each half: a save on its way holds a file more.
