@@ -197,6 +197,8 @@ def _compare_finished(options: ResumeCheckConfig, overrides: Sequence[str]) -> N
     for run_dir in (first, second):
         if not (run_dir / METRICS).is_file():
             raise ConfigError(f"resume_check.compare: {run_dir} holds no {METRICS}: is it a training's run directory?")
+    if first.resolve() == second.resolve():
+        raise ConfigError(f"resume_check.compare: {first} twice: name a run that was interrupted and one that was not")
     started = time.perf_counter()
     comparison = compare_runs(first, second)
     parts = [Part(str(first), first, 0.0), Part(str(second), second, time.perf_counter() - started, comparison, EITHER)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint_folder import list_checkpoints
-from megalite.checkpoint_format import KINDS, FileEntry, Manifest, read_manifest
+from megalite.checkpoint_format import KINDS, FileEntry, Manifest, read_manifest, verify_checkpoint
 from megalite.metrics.jsonl import read_metrics
 
 METRICS = "metrics.jsonl"
@@ -33,7 +33,7 @@ class Comparison:
 def compare_runs(reference: Path, other: Path) -> Comparison:
     """Compare two run directories: all rows of metrics.jsonl, then the newest checkpoints by their files' digests.
 
-    Raises `CheckpointError` when a manifest is damaged.
+    Raises `CheckpointError` when a manifest or a file is damaged: digests stand for bytes only where they are theirs.
     """
     rows = compare_rows(read_metrics(reference / METRICS), read_metrics(other / METRICS))
     if rows.difference:
@@ -43,7 +43,7 @@ def compare_runs(reference: Path, other: Path) -> Comparison:
     if names[0] != names[1] or not (folders[0] and folders[1]):
         found = f"the newest checkpoint is {names[0]} in {reference} and {names[1]} in {other}"
         return Comparison(rows.num_steps, difference=found)
-    manifests = read_manifest(folders[0]), read_manifest(folders[1])
+    manifests = verify_checkpoint(folders[0]), verify_checkpoint(folders[1])
     files = manifests[0].files
     return Comparison(
         rows.num_steps,

@@ -6,6 +6,7 @@ run_dir/checkpoints/step_00000100/                    whole, or damaged since
                     latest                            the name of the newest, for people alone
 """
 
+import math
 import re
 import shutil
 import uuid
@@ -16,6 +17,7 @@ from megalite.config.schema import CheckpointConfig
 from megalite.data.files import put_in_place, sync_directory
 from megalite.errors import CheckpointError
 from megalite.failpoints import failpoint
+from megalite.guard.goodput import GOODPUT, read_lives
 from megalite.log import get_logger
 
 LATEST = "latest"
@@ -40,15 +42,15 @@ def create_temporary(checkpoints: Path, step: int) -> Path:
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest, sync, and give the directory its final name; returns it.
 
-    A checkpoint of the same step that is already there is replaced.
+    A checkpoint of the same step that is already there is replaced. Raises `OSError`; called again it goes on.
     """
-    checkpoints = temporary.parent
-    failpoint("before manifest")
-    write_manifest(temporary, manifest)
-    sync_directory(temporary)
-    final = checkpoints / checkpoint_name(manifest.step)
-    failpoint("before rename")
-    put_in_place(temporary, final)
+    final = temporary.parent / checkpoint_name(manifest.step)
+    if temporary.exists():
+        failpoint("before manifest")
+        write_manifest(temporary, manifest)
+        sync_directory(temporary)
+        failpoint("before rename")
+        put_in_place(temporary, final)
     failpoint("before latest")
     _name_latest(final)
     return final
@@ -117,7 +119,8 @@ def _remove(folder: Path) -> None:
 def mean_loss(evaluation: dict[str, float]) -> float:
     """The mean over validation sources of their losses, in nats a token; infinite without any."""
     losses = [value for key, value in evaluation.items() if key.endswith("/loss")]
-    return sum(losses) / len(losses) if losses else float("inf")
+    mean = sum(losses) / len(losses) if losses else math.inf
+    return mean if math.isfinite(mean) else math.inf  # nan is less than nothing, and nothing less than it
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -142,17 +145,41 @@ def choose_checkpoint(resume: str, run_dir: Path) -> Path | None:
     `auto` is the newest whole checkpoint of the run, `never` none, anything else a folder. Raises `CheckpointError` for
     a folder that is not a whole checkpoint, and as `newest_checkpoint` does.
     """
-    if resume == "never":
-        return None
     if resume == "auto":
         return newest_checkpoint(run_dir)
-    verify_checkpoint(Path(resume))
-    return Path(resume)
+    if begun := _begun_with(resume, run_dir):
+        log.warning(
+            "checkpoint.resume=%s: %s began so already and is not at its end, so it goes on; to begin again choose "
+            "another run_name, or remove it",
+            resume,
+            run_dir,
+        )
+        return begun
+    return None if resume == "never" else require_checkpoint(resume, run_dir)
+
+
+def _begun_with(resume: str, run_dir: Path) -> Path | None:
+    """The newest whole checkpoint, where this same `resume` stood in the command that wrote it, and steps are left.
+
+    So that a command which is given again, by a scheduler perhaps, goes on, whatever it began from.
+    """
+    try:
+        folder = newest_checkpoint(run_dir)
+    except CheckpointError:
+        return None
+    if folder is None:
+        return None
+    manifest = read_manifest(folder)
+    same = manifest.config.get("checkpoint", {}).get("resume") == resume
+    return folder if same and manifest.step < manifest.config["trainer"]["steps"] else None
 
 
 def require_checkpoint(checkpoint: str | None, run_dir: Path) -> Path:
     """The verified checkpoint at `checkpoint`, or the run's newest. Raises `CheckpointError` when there is none."""
-    folder = choose_checkpoint(checkpoint or "auto", run_dir)
+    if checkpoint is not None:
+        verify_checkpoint(Path(checkpoint))
+        return Path(checkpoint)
+    folder = newest_checkpoint(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet: train first, or name one with checkpoint=PATH")
     return folder
@@ -182,5 +209,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             f"{checkpoints} holds {', '.join(rest[:5])}{' ...' if len(rest) > 5 else ''} and no whole checkpoint"
             f"{' (' + '; '.join(problems) + ')' if problems else ''}; restore one, or start over from step 0 with "
             "checkpoint.resume=never"
+        )
+    lives = read_lives(run_dir / GOODPUT)
+    if lives and (saved := lives[-1].saved_step or lives[-1].first_step):
+        raise CheckpointError(
+            f"{run_dir} has saved step {saved}, says {GOODPUT}, and {checkpoints} holds no checkpoint: bring it back, "
+            "or start over from step 0 with checkpoint.resume=never"
         )
     return None

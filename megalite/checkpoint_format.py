@@ -113,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_file(folder: Path, entry: FileEntry) -> None:
-    """Compare one file with its entry in the manifest. Raises `CheckpointError` that says what differs."""
+    """Compare one file with its entry in the manifest. Raises `CheckpointError` that says what differs, `OSError`."""
     path = folder / entry.name
     if path.is_symlink():
         raise CheckpointError(f"{path} is a link: a checkpoint's files lie in its own directory")
@@ -121,7 +121,8 @@ def verify_file(folder: Path, entry: FileEntry) -> None:
         raise CheckpointError(f"{path} is missing")
     if path.stat().st_size != entry.num_bytes:
         raise CheckpointError(f"{path}: found {path.stat().st_size} bytes, the manifest says {entry.num_bytes}")
-    digest = digest_file(path)
+    with naming(path):
+        digest = digest_file(path)
     if digest != entry.digest:
         raise CheckpointError(f"{path}: its digest is {digest}, the manifest says {entry.digest}")
 
@@ -130,7 +131,10 @@ def verify_checkpoint(folder: Path) -> Manifest:
     """Read a checkpoint's manifest and compare every file with it. Raises `CheckpointError` at the first difference."""
     manifest = read_manifest(folder)
     for entry in manifest.files:
-        verify_file(folder, entry)
+        try:
+            verify_file(folder, entry)
+        except OSError as error:
+            raise CheckpointError(f"{folder / entry.name} cannot be read: {error}") from None
     return manifest
 
 

@@ -81,13 +81,13 @@ class Trainer:
                     row = self._training_row(result) if self._is_due(config.trainer.log_every) else {}
                 self.recorder.advance()
                 self._conclude_step(row, self._is_due(config.trainer.eval_every), stops)
-            self._try_to_save(self.saver.finish, is_last=True)
+            self._finish_save(is_last=True)
             self._log_use()
         finally:
-            self.vitals.enter("other")
+            self.vitals.enter("other", "closing")
             self.feed.close()
             self.recorder.close()
-            self.vitals.mark(counters.step)
+            self._mark()
 
     def _step(self) -> StepResult:
         """One optimizer step over the global batch."""
@@ -113,6 +113,9 @@ class Trainer:
         self.vitals.enter("other")
         return bool(stops)
 
+    def _mark(self) -> None:
+        self.vitals.mark(self.counters.step, self.saver.saved_step)
+
     def _conclude_step(self, row: Row, evaluates: bool, stops: bool) -> None:
         """Evaluate, log and save what is due at this step. Raises `Preempted` if the run `stops`."""
         counters, checkpoint = self.counters, self.config.checkpoint
@@ -126,7 +129,7 @@ class Trainer:
                 stops = True
         if row or evaluation:
             self.recorder.log(counters.step, {**row, **evaluation})
-            self.vitals.mark(counters.step)
+            self._mark()
         # After the row: a run killed in between repeats the step and its row, and loses neither.
         lasts = stops or self._is_due(checkpoint.save_every)
         if lasts or (checkpoint.ephemeral_every and self._is_due(checkpoint.ephemeral_every)):
@@ -171,6 +174,7 @@ class Trainer:
             counters.step,
         )
         if counters.skipped_in_a_row >= trainer.max_skipped_steps:
+            self._finish_save(is_last=False)  # of a step before them
             raise MegaliteError(
                 f"{counters.skipped_in_a_row} steps in a row were skipped for inf or nan in the gradients (the last is "
                 f"step {counters.step}); lower optimizer.lr, check the data, or raise trainer.max_skipped_steps"
@@ -223,21 +227,31 @@ class Trainer:
     def _save(self, evaluation: dict[str, float], ephemeral: bool, is_last: bool) -> None:
         started = time.perf_counter()
         self.counters.loss_sum, self.counters.loss_count = self.meter.state()
+        # What became of the one before is said, but where this one is the last it decides.
+        self._finish_save(is_last=False, goes_on=is_last)
         self._try_to_save(lambda: self.saver.save(self.counters, evaluation, ephemeral), is_last)
         if is_last:
-            self._try_to_save(self.saver.finish, is_last)
+            self._finish_save(is_last)
         self._logged_at += time.perf_counter() - started
 
-    def _try_to_save(self, work: Callable[[], None], is_last: bool = False) -> None:
-        """Do a part of saving; what to do about an error is for `checkpoint.on_save_error` to say."""
-        self.vitals.enter("save")
+    def _finish_save(self, is_last: bool, goes_on: bool = False) -> None:
+        """Wait for the save that is pending, if any; the watchdog gives it its own time."""
+        if self.saver.is_pending:
+            self._try_to_save(self.saver.finish, is_last, goes_on, "files")
+
+    def _try_to_save(
+        self, work: Callable[[], None], is_last: bool = False, goes_on: bool = False, detail: str = ""
+    ) -> None:
+        """Do a part of saving; what to do about an error is for `checkpoint.on_save_error` to say, unless `goes_on`."""
+        self.vitals.enter("save", detail)
         try:
             work()
         except CheckpointError as error:
-            if is_last or self.config.checkpoint.on_save_error != "continue":
+            if is_last or not (goes_on or self.config.checkpoint.on_save_error == "continue"):
                 raise
             log.warning("%s; training goes on to the next save, the checkpoints before are untouched", error)
         self.vitals.enter("other")
+        self._mark()
 
     def _resume(self) -> Counters:
         folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir)

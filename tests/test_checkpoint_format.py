@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import math
+import time
 
 import pytest
 import xxhash
 
-from megalite import checkpoint_folder
+from megalite import checkpoint_folder, checkpoint_format
 from megalite.checkpoint_folder import (
     checkpoint_name,
     choose_checkpoint,
@@ -13,6 +15,7 @@ from megalite.checkpoint_folder import (
     list_checkpoints,
     newest_checkpoint,
     prune,
+    require_checkpoint,
 )
 from megalite.checkpoint_format import (
     KINDS,
@@ -26,6 +29,7 @@ from megalite.checkpoint_format import (
 from megalite.config.schema import CheckpointConfig
 from megalite.data import files
 from megalite.errors import CheckpointError
+from megalite.guard.goodput import GoodputClock
 
 
 def manifest(step, files=(), **changes):
@@ -355,6 +359,64 @@ def test_a_run_that_had_checkpoints_does_not_start_over_in_silence(run_dir, chec
     assert newest_checkpoint(run_dir) is None
 
 
+def test_a_run_whose_checkpoints_were_taken_away_does_not_start_over_in_silence(run_dir):
+    run_dir.mkdir(exist_ok=True)
+    clock = GoodputClock(time.time(), run_dir / "goodput.jsonl")
+    clock.mark(5)
+    assert newest_checkpoint(run_dir) is None, "it died before its first save"
+    clock.mark(12, saved_step=10)
+    with pytest.raises(CheckpointError, match=r"has saved step 10, says goodput\.jsonl, and .* holds no checkpoint"):
+        newest_checkpoint(run_dir)
+    again = GoodputClock(time.time(), run_dir / "goodput.jsonl")
+    again.begin(0)
+    again.mark(3)
+    assert newest_checkpoint(run_dir) is None, "with checkpoint.resume=never, and died before its first save"
+
+
+def test_a_newest_that_the_disk_does_not_give_falls_back(run_dir, checkpoints, warnings, monkeypatch):
+    older, newest = save(checkpoints, 10), save(checkpoints, 20)
+    digest = checkpoint_format.digest_file
+
+    def read(path):
+        if path.parent == newest:
+            raise OSError(5, "Input/output error")
+        return digest(path)
+
+    monkeypatch.setattr(checkpoint_format, "digest_file", read)
+    assert newest_checkpoint(run_dir) == older
+    assert "cannot be read: [Errno 5] Input/output error" in warnings[0]
+
+
+@pytest.mark.parametrize("resume", ["never", "elsewhere"])
+def test_a_command_that_is_given_again_goes_on_whatever_it_began_from(run_dir, checkpoints, tmp_path, resume):
+    elsewhere = save(tmp_path / "other/checkpoints", 7)
+    resume = str(elsewhere) if resume == "elsewhere" else resume
+    save(checkpoints, 10)
+    begins = None if resume == "never" else elsewhere
+    assert choose_checkpoint(resume, run_dir) == begins, "another command wrote what is there"
+    config = {"checkpoint": {"resume": resume}, "trainer": {"steps": 30}}
+    folder = commit(create_temporary(checkpoints, 20), manifest(20, config=config))
+    assert choose_checkpoint(resume, run_dir) == folder
+    assert require_checkpoint(str(elsewhere), run_dir) == elsewhere, "an evaluation takes what it is told to"
+    commit(create_temporary(checkpoints, 30), manifest(30, config=config))
+    assert choose_checkpoint(resume, run_dir) == begins, "it has reached its end"
+
+
+@pytest.mark.parametrize("failing", ["write_manifest", "put_in_place", "_name_latest"])
+def test_a_commit_is_gone_on_with(checkpoints, run_dir, monkeypatch, failing):
+    temporary = create_temporary(checkpoints, 20)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_folder, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        commit(temporary, manifest(20))
+    monkeypatch.undo()
+    assert commit(temporary, manifest(20)) == newest_checkpoint(run_dir)
+    assert (checkpoints / "latest").read_text() == "step_00000020"
+
+
 def steps(checkpoints):
     return [int(folder.name[5:]) for folder in list_checkpoints(checkpoints)]
 
@@ -373,9 +435,12 @@ def test_what_is_kept(checkpoints):
     assert steps(checkpoints) == [20, 30, 40, 50, 55], "the best, the multiples, the last two, and the newest of all"
     prune(checkpoints, CheckpointConfig(keep=2, keep_best=True))
     assert steps(checkpoints) == [20, 40, 50, 55]
+    save_evaluated(checkpoints, 57, math.nan)
+    prune(checkpoints, CheckpointConfig(keep=1, keep_best=True))
+    assert steps(checkpoints) == [20, 57], "what is no number is not the best"
     save_evaluated(checkpoints, 58, ephemeral=True)
     prune(checkpoints, CheckpointConfig(keep=1))
-    assert steps(checkpoints) == [50, 58], "an ephemeral one goes when a newer one is there"
+    assert steps(checkpoints) == [57, 58], "an ephemeral one goes when a newer one is there"
 
 
 def test_what_cannot_be_read_is_not_removed(checkpoints):

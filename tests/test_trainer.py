@@ -399,6 +399,42 @@ def test_a_disk_that_has_room_again_is_tried_again(store, tmp_path, monkeypatch)
     assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").is_file()
 
 
+def test_one_save_that_fails_does_not_take_the_next_along(store, tmp_path, monkeypatch):
+    """Asynchronously the failure is learned of when the next save is due."""
+    checkpoint = {"save_every": 1, "keep": 9, "on_save_error": "continue", "asynchronous": True}
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 4}, checkpoint=checkpoint)
+    fail_writes_of(3, 99, monkeypatch)
+    train_on_ranks(config, 2)
+    folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert folders == [f"step_{step:08d}" for step in (1, 2, 4)]
+
+
+def test_where_the_last_save_succeeds_the_one_before_need_not(store, tmp_path, monkeypatch):
+    checkpoint = {"save_every": 3, "on_save_error": "stop", "asynchronous": True}
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 4}, checkpoint=checkpoint)
+    is_busy = saver.Saver.is_busy
+    monkeypatch.setattr(saver.Saver, "is_busy", property(lambda self: is_busy.fget(self) or self.is_pending))
+    fail_writes_of(3, 99, monkeypatch)
+    train_on_ranks(config, 1)
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000004"]
+
+
+def test_a_save_on_its_way_is_finished_when_bad_numbers_end_the_run(store, tmp_path, monkeypatch, capfd):
+    trainer, checkpoint = {"steps": 9, "max_skipped_steps": 2}, {"save_every": 2, "asynchronous": True}
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer=trainer, checkpoint=checkpoint)
+    summed_loss, steps = Engine._summed_loss, []
+
+    def poisoned(*args):
+        steps.append(1)
+        return summed_loss(*args) * (math.nan if len(steps) > 2 * 8 // config.trainer.micro_batch_size else 1)
+
+    monkeypatch.setattr(Engine, "_summed_loss", poisoned)
+    monkeypatch.setattr(saver.Saver, "is_busy", property(lambda self: self.is_pending))
+    assert spawn_ranks(lambda place: train(preflight(config), place), 1) == MegaliteError.exit_code
+    assert "2 steps in a row were skipped" in capfd.readouterr().err
+    assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").is_file()
+
+
 def test_the_last_save_must_succeed(store, tmp_path, monkeypatch, capfd):
     config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2})
     fail_writes_of(2, 99, monkeypatch)

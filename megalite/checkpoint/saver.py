@@ -8,11 +8,11 @@ copies in host memory. Then the steps' own collectives tell when no rank has any
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ FILE_BYTES = 512 << 20  # a file is closed when the next tensor would take it ab
 RETRY_SECONDS = (1.0, 5.0, 25.0)  # between the tries of checkpoint.on_save_error=retry
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Saver:
         self._num_bytes = checkpoint_bytes(engine)
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: _Pending | None = None
+        self.saved_step = 0  # the last that is committed; 0: none
 
     @property
     def is_pending(self) -> bool:
@@ -73,12 +75,12 @@ class Saver:
         return not all(future.done() for future in work)
 
     def save(self, counters: Counters, evaluation: dict[str, float], ephemeral: bool = False) -> None:
-        """Save what the engine holds as step `counters.step`, after `finish`. Collective.
+        """Save what the engine holds as step `counters.step`; nothing may be pending. Collective.
 
         Memory on a rank: at once, two files (`FILE_BYTES`, or one larger tensor); asynchronously, its share of all.
         Raises as `finish` does.
         """
-        self.finish()
+        assert self._pending is None, "call finish first: it tells what became of the save before"
         engine, rank, asynchronous = self._engine, self._engine.mesh.rank, self._config.asynchronous
         temporary = on_rank_0("write", lambda: self._create(counters.step))
         link_moments(engine)
@@ -126,12 +128,23 @@ class Saver:
             self._pending = pending
             return
         log.info("saved %s", on_rank_0("write", pending.committed.result))
+        self.saved_step = pending.state["step"]
 
     def _create(self, step: int) -> Path:
         try:
-            return create_temporary(self._folder, step)
+            return self._retrying(lambda: create_temporary(self._folder, step))
         except OSError as error:
             raise CheckpointError(self._explain(error)) from None
+
+    def _retrying(self, work: Callable[[], T]) -> T:
+        """What `work` returns; with `checkpoint.on_save_error=retry` it is done again where the disk refuses."""
+        for seconds in RETRY_SECONDS if self._config.on_save_error == "retry" else ():
+            try:
+                return work()
+            except OSError as error:
+                log.warning("saving failed: %s; trying again in %g s", error, seconds)
+                time.sleep(seconds)
+        return work()
 
     def _explain(self, error: OSError) -> str:
         try:
@@ -170,25 +183,16 @@ class Saver:
         if bad:
             raise CheckpointError(f"not saved: {kind} of {', '.join(bad[:3])} of {len(bad)} tensors holds inf or nan")
         failpoint("before file")
-        waits = iter(RETRY_SECONDS if self._config.on_save_error == "retry" else ())
-        while True:
-            try:
-                entry = _write_tensors(folder, name, kind, tensors)
-            except OSError as error:
-                if (seconds := next(waits, None)) is None:
-                    raise
-                log.warning("saving failed: %s; trying again in %g s", error, seconds)
-                time.sleep(seconds)
-                continue
-            verify_file(folder, entry)  # before any older checkpoint is removed for it
-            failpoint("after file")
-            return entry
+        entry = self._retrying(lambda: _write_tensors(folder, name, kind, tensors))
+        self._retrying(lambda: verify_file(folder, entry))  # before any older checkpoint is removed for it
+        failpoint("after file")
+        return entry
 
     def _commit(self, pending: _Pending, entries: list[FileEntry]) -> Path:
         """In rank 0's thread."""
         try:
             entries = sorted(entries, key=lambda entry: entry.name)
-            final = commit(pending.temporary, Manifest(**pending.state, files=entries))
+            final = self._retrying(lambda: commit(pending.temporary, Manifest(**pending.state, files=entries)))
         except OSError as error:
             problem = self._explain(error)
             shutil.rmtree(pending.temporary, ignore_errors=True)

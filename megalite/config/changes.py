@@ -3,18 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megalite.config.compose import flatten
+from megalite.config.compose import SAFE, flatten
 from megalite.errors import CheckpointError
 
-# Layout, speed, logging: they change no number of a run without dropout. (With it another layout, micro batch or
-# compiled block drops other elements, of the same distribution.)
-SAFE = (
-    "run_name", "run_dir", "launch", "logging", "guard", "checkpoint", "parallel",
-    "engine.zero_stage", "engine.offload", "engine.recompute", "engine.compile",
-    "trainer.stop_after", "trainer.log_every", "trainer.eval_every", "trainer.micro_batch_size",
-    "trainer.max_skipped_steps", "data.validation", "data.prefetch",
-    "data.skip_steps", "data.skip_documents",  # asked for, so meant
-)  # fmt: skip
 # The checkpoint's tensors would not fit, or would mean something else.
 REFUSED = ("model",)
 BUT_NOT_REFUSED = ("model.dropout",)

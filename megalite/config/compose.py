@@ -20,9 +20,16 @@ T = TypeVar("T")
 CONF_MODULE = "megalite.conf"
 EXPERIMENT = "experiment"  # the conf group whose files change keys of all others
 
-# Keys that do not change what is computed, left out of the digest that names a run: the same command, stopped earlier
-# or logged elsewhere, continues the same run.
-NOT_IN_RUN_NAME = ("run_name", "run_dir", "launch", "logging", "checkpoint", "trainer.stop_after")
+# Layout, speed, logging: they change no number of a run without dropout. (With it another layout, micro batch or
+# compiled block drops other elements, of the same distribution.) A run may go on with others of them, and they are
+# left out of the digest that names it, so that it does.
+SAFE = (
+    "run_name", "run_dir", "launch", "logging", "guard", "checkpoint", "parallel",
+    "engine.zero_stage", "engine.offload", "engine.recompute", "engine.compile",
+    "trainer.stop_after", "trainer.log_every", "trainer.eval_every", "trainer.micro_batch_size",
+    "trainer.max_skipped_steps", "data.validation", "data.prefetch",
+    "data.skip_steps", "data.skip_documents",  # asked for, so meant
+)  # fmt: skip
 
 
 def compose_config(primary: str, cls: type[T], overrides: Sequence[str]) -> T:
@@ -44,7 +51,7 @@ def compose_train(overrides: Sequence[str]) -> TrainConfig:
     composed, choices = _compose("train", TrainConfig, overrides, literal=False)
     if _unresolved(composed)["run_name"] is None:
         unnamed = config_values(load_config(TrainConfig, _plain(composed) | {"run_name": ""}))
-        composed.run_name = choices.get("experiment") or f"run-{config_digest(unnamed, NOT_IN_RUN_NAME)[:8]}"
+        composed.run_name = choices.get("experiment") or f"run-{config_digest(unnamed, SAFE)[:8]}"
     return load_config(TrainConfig, _plain(composed))
 
 

@@ -188,7 +188,9 @@ class DataConfig:
     document_attention: bool = False  # attention stays within a document
     document_positions: bool = False  # positions restart with each document
     skip_steps: tuple[tuple[int, int], ...] = ()  # pairs of the first and last of steps whose batches are left out
-    skip_documents: tuple[str, ...] = ()  # SOURCE:INDEX, as `megalite data trace` names them: nothing is learnt of them
+    # SOURCE:INDEX, as `megalite data trace` names them: none of their tokens is predicted. Others that share a sequence
+    # still see them, unless document_attention=true.
+    skip_documents: tuple[str, ...] = ()
     prefetch: int = 2  # steps whose batches are read ahead, in a thread; 0: none
 
     @property
@@ -210,7 +212,9 @@ class CheckpointConfig:
     on_save_error: OnSaveError = (
         "continue"  # to the next save, unless it is the last; stop; retry a few times, then stop
     )
-    resume: str = "auto"  # auto: the newest checkpoint of run_dir; never; or a checkpoint's path
+    # auto: the newest checkpoint of run_dir; never; or a checkpoint's path. The same command given again goes on from
+    # what it has saved until the run is at its end.
+    resume: str = "auto"
     allow_changes: tuple[str, ...] = ()  # keys that may differ from the checkpoint's configuration
 
 

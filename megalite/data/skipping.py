@@ -1,6 +1,7 @@
-"""Documents that a run must not learn from: their tokens stay where they are and count nowhere.
+"""Documents that a run must not learn from: their tokens stay where they are, and none of them is predicted.
 
-The order of samples does not change, so a run can be given a list of them at any checkpoint. Legend: S sequence length.
+Other documents of the same sequence still see them, unless `data.document_attention` keeps attention within each. The
+order of samples does not change, so a run can be given a list of them at any checkpoint. Legend: S sequence length.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -21,6 +21,7 @@ class Life:
     first_step: int  # where it began, 0 for the run's start
     last_step: int  # where it stood
     seconds: dict[str, float] = field(default_factory=dict)  # by section
+    saved_step: int = 0  # the last that it saved; 0: none
 
 
 class GoodputClock:
@@ -43,10 +44,13 @@ class GoodputClock:
         """The run goes on from `step`."""
         self._life.first_step = self._life.last_step = step
 
-    def mark(self, step: int) -> None:
-        """The run stands at `step`: write down what is known, so that a kill loses no more than since the last mark."""
+    def mark(self, step: int, saved_step: int = 0) -> None:
+        """The run stands at `step`, and `saved_step` is the last that was saved.
+
+        What is known is written down, so that a kill loses no more than since the last mark.
+        """
         self.enter(self._section)
-        self._life.last_step = step
+        self._life.last_step, self._life.saved_step = step, saved_step
         self._life.ended = self._life.started + sum(self._life.seconds.values())
         if self._path:
             lines = [json.dumps(asdict(life)) + "\n" for life in [*self._earlier, self._life]]

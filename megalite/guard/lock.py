@@ -34,9 +34,12 @@ class RunLock:
             raise ResourceError(
                 f"{key}: {directory} is in use by another {work} ({holder}); wait for it, or choose another {advice}"
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+        except OSError as error:
+            raise ResourceError(f"{key}: nothing can be written in {directory}: {error}. Is the disk full?") from None
 
     def close(self) -> None:
         """Let go."""

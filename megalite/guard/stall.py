@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from megalite.guard.proc import GONE
 
 _BEFORE_THE_GROUP = ("start", "start: process group")
-_SECTIONS_OF_THEIR_OWN = ("evaluate", "save")
+# The last two come once in a life, so that nothing is learned of them before: waiting for an asynchronous save, which
+# takes as long as the disk does, and for a tracker's last upload.
+_SECTIONS_OF_THEIR_OWN = ("evaluate", "save", "save: files", "other: closing")
 _HISTORY = 500  # quiet times remembered of each section
 
 

@@ -25,9 +25,9 @@ class Vitals:
         """The run goes on from `step`."""
         self.clock.begin(step)
 
-    def mark(self, step: int) -> None:
-        """The run stands at `step`."""
-        self.clock.mark(step)
+    def mark(self, step: int, saved_step: int = 0) -> None:
+        """The run stands at `step`; the last that this process saved is `saved_step`, 0 for none."""
+        self.clock.mark(step, saved_step)
 
     @property
     def stop_signal(self) -> str | None:

@@ -1,7 +1,7 @@
 import pytest
 
-from megalite.config.changes import REFUSED, SAFE, check_changes
-from megalite.config.compose import flatten
+from megalite.config.changes import REFUSED, check_changes
+from megalite.config.compose import SAFE, compose_train, flatten
 from megalite.config.schema import TrainConfig
 from megalite.errors import CheckpointError
 from tests.config.keys import leaf_keys
@@ -38,6 +38,23 @@ def test_nothing_changed():
 )
 def test_safe_changes_are_noted(key, value, note):
     assert check_changes(SAVED, changed(key, value), ()) == [note]
+
+
+def test_a_safe_change_leaves_the_name_of_a_run_alone():
+    """Or the command with the change would begin another run."""
+    name = compose_train(["data.train=store"]).run_name
+    changes = [
+        "parallel.tensor=2", "engine.zero_stage=2", "engine.recompute=full", "engine.compile=true", "guard.timeout=9",
+        "trainer.log_every=2", "trainer.stop_after=3", "trainer.micro_batch_size=2", "data.skip_steps=[[3,3]]",
+        "data.skip_documents=[a:1]", "data.validation=other", "data.prefetch=0", "logging.tensorboard=true",
+        "checkpoint.keep=4", "launch.nproc_per_node=2", "trainer.eval_every=7", "trainer.max_skipped_steps=9",
+        "engine.offload=optimizer",
+    ]  # fmt: skip
+    assert {compose_train(["data.train=store", change]).run_name for change in changes} == {name}
+    assert {key for key in SAFE if key.startswith(("run_", "wandb"))} == {"run_name", "run_dir"}
+    covered = {change.partition("=")[0] for change in changes}
+    assert all(key.startswith("run_") or any(c.startswith(key) for c in covered) for key in SAFE)
+    assert compose_train(["data.train=store", "seed=5"]).run_name != name
 
 
 @pytest.mark.parametrize(

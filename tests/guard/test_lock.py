@@ -35,6 +35,12 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     RunLock(tmp_path).close()
 
 
+def test_a_lock_on_a_full_disk_is_one_error(tmp_path):
+    (tmp_path / "run.lock").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=r"nothing can be written in .*Is the disk full"):
+        RunLock(tmp_path)
+
+
 def test_a_file_in_the_place_of_the_directory_is_one_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot be used as a directory"):

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from megalite.errors import EXIT_REQUEUE
 from megalite.guard import signals
-from megalite.guard.signals import SIGNALS, StopSignals
+from megalite.guard.signals import SIGNALS, StopSignals, ending_at_once
 
 
 def wait_for(condition):
@@ -87,3 +88,26 @@ def test_a_second_signal_ends_a_process_whose_main_thread_never_comes_back(tmp_p
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_begins_ends_the_command_with_the_requeue_code(number, monkeypatch, capfd):
+    """Here while the configuration is composed; by hand, while torch is imported."""
+    from megalite.launch import commands
+
+    monkeypatch.setattr(commands, "compose_train", lambda overrides: os.kill(os.getpid(), number))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            commands.train([])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == EXIT_REQUEUE
+    assert f"stopped by {number.name} before training began" in capfd.readouterr().err
+
+
+def test_after_the_block_signals_do_what_they_did():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with ending_at_once(75):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -167,6 +167,8 @@ def test_a_timeout_replaces_what_is_learned_but_not_the_start():
         (["step", "step"], [1, 1], "start"),
         (["data", "other"], [2, 2], "step"),
         (["step", "save"], [2, 2], "save"),
+        (["save", "save: files"], [2, 2], "save: files"),
+        (["end", "other: closing"], [2, 2], "other: closing"),
         (["step", "step"], [1, 2], "start"),
     ],
 )
@@ -174,6 +176,8 @@ def test_the_section_is_the_one_that_may_take_longest(phases, steps, section):
     records = [dataclasses.replace(ANYONE, phase=p, num_steps=n) for p, n in zip(phases, steps, strict=True)]
     patience = Patience(Limits(start=3000.0, first=2000.0))
     patience.learn("step", 1.0)
+    if section != "save":
+        patience.learn("save", 1.0)
     assert patience.section(records) == section
 
 
