@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from megalite.checkpoint_format import Manifest
-from megalite.config.changes import check_changes
+from megalite.config.changes import check_changes, safety_of
 from megalite.config.compose import config_values
 from megalite.config.schema import TrainConfig
 from megalite.data.format import TokenStore
@@ -12,7 +12,7 @@ from megalite.errors import CheckpointError
 
 
 def check_resume(config: TrainConfig, manifest: Manifest) -> list[str]:
-    """Whether `config` may continue from a checkpoint; returns the safe and allowed changes as text.
+    """Whether `config` may continue from a checkpoint; returns what changed and what it means, as text.
 
     Raises `CheckpointError` for changes of the configuration that are refused or not allowed, and for training stores
     with other content. A store that only moved or has another name is the same.
@@ -27,12 +27,31 @@ def check_resume(config: TrainConfig, manifest: Manifest) -> list[str]:
     if manifest.stores == digests and same_weights:
         before["data"]["train"] = values["data"]["train"]
     notes += check_changes(before, values, config.checkpoint.allow_changes)
+    notes += _passed_skips(before["data"].get("skip_steps", []), values["data"]["skip_steps"], manifest.step)
     if manifest.stores != digests and "data.train" not in config.checkpoint.allow_changes:
         raise CheckpointError(
             f"data.train: the stores are not those that the checkpoint of step {manifest.step} was trained on: they "
             "were built again since then; restore them, or allow the change with checkpoint.allow_changes=[data.train]"
         )
     return notes
+
+
+def world_size_note(config: TrainConfig, manifest: Manifest, world_size: int) -> list[str]:
+    """That the number of processes changed, which stands in no key."""
+    before = manifest.topology.get("world_size", world_size)
+    meaning = safety_of("parallel", config.model.dropout)
+    return [f"{world_size} processes, before {before} ({meaning})"] if before != world_size else []
+
+
+def _passed_skips(old: list[Any], new: list[Any], step: int) -> list[str]:
+    """What a changed `data.skip_steps` says of steps that were taken already."""
+    changed = [pair for pair in [*old, *new] if (pair in old) != (pair in new)]
+    return [
+        f"data.skip_steps: [{first}, {last}] begins before the checkpoint's step {step}: what was learnt by then "
+        "stays; checkpoint.resume=PATH goes on from an earlier one"
+        for first, last in changed
+        if first <= step
+    ]
 
 
 def draws_alike(config: TrainConfig, manifest: Manifest) -> bool:

@@ -14,7 +14,8 @@ from megalite.config.schema import WeightsConfig
 from megalite.data.format import TokenStore
 from megalite.data.packing import write_packing
 from megalite.errors import CheckpointError, ConfigError, DataError
-from megalite.preflight import check_resume, preflight
+from megalite.preflight import preflight
+from megalite.resuming import check_resume, world_size_note
 from tests.stores import make_store
 
 
@@ -156,7 +157,23 @@ class TestResume:
     def test_safe_changes_are_told(self, saved):
         manifest = read_manifest(Path(saved.run_dir) / "checkpoints/step_00000010")
         changed = preflight(with_group(saved, "parallel", tensor=2))
-        assert check_resume(changed, manifest) == ["parallel.tensor: 1 -> 2"]
+        assert check_resume(changed, manifest) == ["parallel.tensor: 1 -> 2 (safe)"]
+
+    def test_skips_that_come_too_late_are_told(self, saved):
+        manifest = read_manifest(Path(saved.run_dir) / "checkpoints/step_00000010")
+        ready = preflight(saved)
+        early, note = check_resume(with_group(ready, "data", skip_steps=((9, 12),)), manifest)
+        assert early == "data.skip_steps: [] -> [[9, 12]] (safe)"
+        assert "begins before the checkpoint's step 10" in note
+        assert len(check_resume(with_group(ready, "data", skip_steps=((11, 12),)), manifest)) == 1
+
+    def test_another_number_of_processes_is_told(self, saved):
+        manifest = read_manifest(Path(saved.run_dir) / "checkpoints/step_00000010")
+        manifest = dataclasses.replace(manifest, topology={"world_size": 2})
+        assert world_size_note(saved, manifest, 2) == []
+        assert world_size_note(saved, manifest, 4) == ["4 processes, before 2 (safe)"]
+        (note,) = world_size_note(with_group(saved, "model", dropout=0.1), manifest, 4)
+        assert "dropout draws other elements" in note
 
     def test_a_store_that_moved_or_was_renamed_is_the_same(self, saved, tmp_path, stores):
         shutil.copytree(stores / "a", moved := tmp_path / "moved")

@@ -17,7 +17,7 @@ from megalite.errors import CheckpointError
 from megalite.log import get_logger
 from megalite.mesh import Mesh
 from megalite.models import named_logical_parameters
-from megalite.resuming import check_resume, draws_alike
+from megalite.resuming import check_resume, draws_alike, world_size_note
 
 log = get_logger(__name__)
 
@@ -36,7 +36,8 @@ def load_checkpoint(engine: Engine, folder: Path) -> Counters:
     Raises `CheckpointError` as `check_resume` does: it may be an older checkpoint than the one preflight looked at.
     """
     manifest = read_manifest(folder)
-    for note in check_resume(engine.config, manifest):
+    notes = check_resume(engine.config, manifest)
+    for note in notes + world_size_note(engine.config, manifest, engine.mesh.world_size):
         log.info("continuing from %s with %s", folder.name, note)
     reader = TensorReader(folder, manifest)
     create_moments(engine, manifest.optimizer_step)

@@ -9,13 +9,15 @@ from megalite.errors import CheckpointError
 # The checkpoint's tensors would not fit, or would mean something else.
 REFUSED = ("model",)
 BUT_NOT_REFUSED = ("model.dropout",)
+_MOVES_DROPOUT = ("parallel", "trainer.micro_batch_size", "engine.compile")  # of the safe ones
 
 
 def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """Compare two configurations (plain values); returns the safe and allowed changes as `key: old -> new`.
+    """Compare two configurations (plain values); returns the changes as `key: old -> new (class)`.
 
-    Raises `CheckpointError` for a change that is refused, whatever `allowed` says, and for one that changes the
-    trajectory and is not in `allowed`.
+    The class is "safe", or "allowed" for one that changes the trajectory and is in `allowed`. Raises `CheckpointError`
+    for a change that is refused, whatever `allowed` says, and for one that changes the trajectory and is not in
+    `allowed`.
     """
     before, after = flatten(old), flatten(new)
     changed = {key for key in before | after if before.get(key) != after.get(key)}
@@ -24,8 +26,10 @@ def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seque
         note = f"{key}: {before.get(key)} -> {after.get(key)}"
         if _under(key, REFUSED) and not _under(key, BUT_NOT_REFUSED):
             refused.append(note)
-        elif _under(key, SAFE) or _under(key, allowed):
-            notes.append(note)
+        elif _under(key, SAFE):
+            notes.append(f"{note} ({safety_of(key, after.get('model.dropout'))})")
+        elif _under(key, allowed):
+            notes.append(f"{note} (allowed: it changes the trajectory)")
         else:
             asked.append(note)
     if refused:
@@ -39,6 +43,11 @@ def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seque
             f"with checkpoint.allow_changes=[{keys}], or begin another run with another run_name"
         )
     return notes
+
+
+def safety_of(key: str, dropout: float | None) -> str:
+    """How safe a change of `key`, one of `SAFE`, is for a run with this rate of dropout."""
+    return "safe, but dropout draws other elements" if dropout and _under(key, _MOVES_DROPOUT) else "safe"
 
 
 def _under(key: str, prefixes: Sequence[str]) -> bool:

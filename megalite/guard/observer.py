@@ -116,8 +116,14 @@ class Observer:
             return None
 
     def _is_of_this_job(self, record: Record) -> bool:
-        """False for what an earlier job left: its ranks do not live. On another machine a rank lives that publishes."""
+        """False for what an earlier job left: its ranks do not live. On another machine a rank lives that publishes.
+
+        On this machine ranks of one job have one launcher: those of a second job, started here by mistake, another.
+        """
         if record.machine == self.settings.machine:
+            launchers = [other.launchers[-1] for other in self.own.values() if other.launchers]
+            if record.launchers and launchers and record.launchers[-1] not in launchers:
+                return False
             died_early = any(record.launchers == other.launchers != () for other in self.own.values())
             return died_early or state_of(record) != GONE
         before = self.strangers.get(record.rank)

@@ -37,7 +37,18 @@ def test_nothing_changed():
     ],
 )
 def test_safe_changes_are_noted(key, value, note):
-    assert check_changes(SAVED, changed(key, value), ()) == [note]
+    assert check_changes(SAVED, changed(key, value), ()) == [f"{note} (safe)"]
+
+
+def test_with_dropout_another_layout_is_said_to_draw_other_elements():
+    saved = changed("model.dropout", 0.1)
+    for key, value, words in [
+        ("tensor", 2, "safe, but dropout draws other elements"),
+        ("log_every", 5, "safe"),
+    ]:
+        group = "parallel" if key == "tensor" else "trainer"
+        (note,) = check_changes(saved, saved | {group: saved[group] | {key: value}}, ())
+        assert note.endswith(f" ({words})")
 
 
 def test_a_safe_change_leaves_the_name_of_a_run_alone():
@@ -72,7 +83,8 @@ def test_what_changes_the_trajectory_must_be_asked_for(key, value):
     assert f"checkpoint.allow_changes=[{key}]" in message
     assert "run_name" in message
     for allowed in (key, key.partition(".")[0]):
-        assert len(check_changes(SAVED, changed(key, value), (allowed,))) == 1
+        (note,) = check_changes(SAVED, changed(key, value), (allowed,))
+        assert note.endswith(" (allowed: it changes the trajectory)")
     with pytest.raises(CheckpointError):
         check_changes(SAVED, changed(key, value), (key[:-1], key + "x", "run_dir"))
 
@@ -83,7 +95,8 @@ def test_several_are_told_at_once():
         CheckpointError, match=r"seed: 1 -> 2\n.*allow_changes=\[optimizer\.lr,seed\]|lr: 0\.1 -> 0\.2\n"
     ):
         check_changes(SAVED, new, ())
-    assert check_changes(SAVED, new, ("seed", "optimizer.lr")) == ["optimizer.lr: 0.1 -> 0.2", "seed: 1 -> 2"]
+    notes = check_changes(SAVED, new, ("seed", "optimizer.lr"))
+    assert [note.partition(" (")[0] for note in notes] == ["optimizer.lr: 0.1 -> 0.2", "seed: 1 -> 2"]
 
 
 @pytest.mark.parametrize("allowed", [(), ("model",), ("model.num_layers",)])

@@ -1,11 +1,13 @@
 """Who is to blame, by tables of records; how long a section may be quiet, by what was seen before."""
 
 import dataclasses
+import json
+import os
 
 import pytest
 
 from megalite.guard.observer import MonitorSettings, Observer
-from megalite.guard.proc import GONE
+from megalite.guard.proc import GONE, read_stat
 from megalite.guard.stall import Limits, Patience, Record, judge, name_ranks, parse_record
 
 ANYONE = Record(
@@ -195,3 +197,25 @@ def test_the_observers_clock_stands_still_while_its_process_does(tmp_path, monke
     clock[0] += 3600.0  # a laptop that slept, a network file system that hung
     observer.tick()
     assert observer.now == 3.5
+
+
+def test_a_rank_of_a_second_job_in_the_same_directory_is_not_taken_for_ours(tmp_path):
+    """It takes no lock, its rank 0 does; it may publish before that has refused."""
+    observer = Observer(MonitorSettings(str(tmp_path), 0, 2, "here", Limits()))
+    observer.folder.mkdir()
+    start = read_stat(os.getpid()).start
+
+    def publish(rank, token, launcher):
+        record = dataclasses.replace(
+            ANYONE, rank=rank, machine="here", pid=os.getpid(), start=start, token=token, launchers=((launcher, 1),)
+        )
+        (observer.folder / f"rank_{rank:05d}.json").write_text(json.dumps(dataclasses.asdict(record)))
+        observer.read()
+
+    publish(0, "a", 10)
+    publish(1, "b", 11)
+    assert list(observer.records) == [0]
+    publish(1, "c", 10)
+    assert observer.records[1].token == "c"
+    publish(1, "d", 11)
+    assert observer.records[1].token == "c"
