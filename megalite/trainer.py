@@ -174,7 +174,7 @@ class Trainer:
             counters.step,
         )
         if counters.skipped_in_a_row >= trainer.max_skipped_steps:
-            self._finish_save(is_last=False)  # of a step before them
+            self._finish_save(is_last=False, goes_on=True)  # of a step before them; what ended the run is said below
             raise MegaliteError(
                 f"{counters.skipped_in_a_row} steps in a row were skipped for inf or nan in the gradients (the last is "
                 f"step {counters.step}); lower optimizer.lr, check the data, or raise trainer.max_skipped_steps"

@@ -419,8 +419,12 @@ def test_where_the_last_save_succeeds_the_one_before_need_not(store, tmp_path, m
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000004"]
 
 
-def test_a_save_on_its_way_is_finished_when_bad_numbers_end_the_run(store, tmp_path, monkeypatch, capfd):
-    trainer, checkpoint = {"steps": 9, "max_skipped_steps": 2}, {"save_every": 2, "asynchronous": True}
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_on_its_way_is_finished_when_bad_numbers_end_the_run(store, tmp_path, monkeypatch, capfd, fails):
+    trainer = {"steps": 9, "max_skipped_steps": 2}
+    checkpoint = {"save_every": 2, "asynchronous": True, "on_save_error": "stop"}
+    if fails:
+        fail_writes_of(2, 99, monkeypatch)
     config = tiny_config(tmp_path / "run", store, model=SMALL, trainer=trainer, checkpoint=checkpoint)
     summed_loss, steps = Engine._summed_loss, []
 
@@ -432,7 +436,7 @@ def test_a_save_on_its_way_is_finished_when_bad_numbers_end_the_run(store, tmp_p
     monkeypatch.setattr(saver.Saver, "is_busy", property(lambda self: self.is_pending))
     assert spawn_ranks(lambda place: train(preflight(config), place), 1) == MegaliteError.exit_code
     assert "2 steps in a row were skipped" in capfd.readouterr().err
-    assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").is_file()
+    assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").is_file() is not fails
 
 
 def test_the_last_save_must_succeed(store, tmp_path, monkeypatch, capfd):
