@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megalite.checkpoint_folder import list_checkpoints
 from megalite.checkpoint_format import read_manifest
-from megalite.config.compose import read_config
+from megalite.config.frozen import read_config
 from megalite.config.schema import TrainConfig
 from megalite.config.schema_data import DataTraceConfig
 from megalite.config.validate_commands import validate_data_trace

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import megalite
-from megalite.config import schema, schema_data
+from megalite.config import schema, schema_data, schema_monitor
 from megalite.config.help import describe_groups, describe_keys
 from megalite.errors import EXIT_CONFIG, EXIT_OK, MegaliteError
 
@@ -100,7 +100,7 @@ COMMANDS = {
         notes="Back: document=SOURCE:INDEX names the steps that trained on it.",
     ),
     "train": Command(
-        "commands:train",
+        "training:train",
         "train a model; the same command again continues",
         "megalite train model=gpt2_124m data.train=stores/books/train/books parallel=tp2 launch.nproc_per_node=4",
         (schema.TrainConfig, "train"),
@@ -136,6 +136,20 @@ COMMANDS = {
         "draw a run's curves into report.html",
         "megalite report run_dir=outputs/quickstart",
         (schema.ReportConfig, "report"),
+    ),
+    "jobs": Command(
+        "jobs:jobs",
+        "how the runs below a folder stand",
+        "megalite jobs folder=outputs watch=5",
+        (schema_monitor.JobsConfig, "jobs"),
+        notes="running?: the run's lock and its ranks' signs of life contradict each other. died: it was running, and\n"
+        "nobody is there any more. Slurm is asked where there is one.",
+    ),
+    "logs": Command(
+        "logs:logs",
+        "the logs of all ranks by time, the first error first",
+        "megalite logs run_dir=outputs/quickstart errors=true",
+        (schema_monitor.LogsConfig, "logs"),
     ),
     "parity": Command(
         "parity:parity",

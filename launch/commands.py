@@ -1,49 +1,15 @@
 """Drivers of the commands that need torch; it is imported inside the functions, after the configuration is checked."""
 
-import os
 import sys
 from pathlib import Path
 
 from megalite.checkpoint_folder import require_checkpoint
-from megalite.config.compose import compose_config, compose_train, config_values, config_yaml, flatten, read_config
-from megalite.config.place import Place, count_gpus
+from megalite.config.compose import compose_config, compose_train, config_values, flatten
+from megalite.config.frozen import read_config
 from megalite.config.schema import EvaluateConfig, ExportConfig, GenerateConfig, ImportConfig
-from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import validate_evaluate, validate_generate
-from megalite.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
-from megalite.guard.signals import ending_at_once
+from megalite.errors import EXIT_OK, ConfigError
 from megalite.log import setup_logging
-from megalite.preflight import preflight
-
-from .spawn import spawn_ranks
-
-
-def train(arguments: list[str]) -> int:
-    """Train a model: compose, check, start the local ranks, which freeze it into run_dir/config.yaml."""
-    setup_logging()
-    with ending_at_once(EXIT_REQUEUE):
-        config = compose_train([argument for argument in arguments if argument != "--cfg"])
-        num_gpus = count_gpus()
-        world_size = config.launch.nproc_per_node or max(1, num_gpus)
-        device = "cuda" if num_gpus else "cpu"
-        validate_train(config, world_size, device)
-        if "--cfg" in arguments:
-            print(config_yaml(config), end="")
-            return EXIT_OK
-        config = preflight(resolve_auto(config, device))
-        validate_train(config, world_size, device)  # again, now that model.vocab_size is known
-        if world_size > 1 and not num_gpus:
-            # Read when torch is imported, below: ranks share the cores.
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
-        from megalite.engine import preload
-        from megalite.train import train as train_rank
-
-        if world_size > 1 and not num_gpus:
-            preload()
-    if world_size == 1:
-        train_rank(config, Place())
-        return EXIT_OK
-    return spawn_ranks(lambda place: train_rank(config, place), world_size)
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -134,9 +134,7 @@ def check_ports(config: DoctorConfig) -> Iterator[Check]:
 
 def check_disk(config: DoctorConfig) -> Iterator[Check]:
     """Room for checkpoints on the disk that holds, or will hold, run_dir."""
-    folder = Path(config.run_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_folder(config.run_dir)
     free = shutil.disk_usage(folder).free / _GIB
     found = f"{free:.1f} GiB free at {folder}"
     if not os.access(folder, os.W_OK):
@@ -214,19 +212,12 @@ def check_open_files(config: DoctorConfig) -> Iterator[Check]:
         yield Check("open files", "ok", f"limit {'none' if soft < 0 else soft}")
 
 
-CHECKS: tuple[Callable[[DoctorConfig], Iterator[Check]], ...] = (
-    check_python,
-    check_packages,
-    check_device,
-    check_stale_locks,
-    check_ports,
-    check_disk,
-    check_shared_memory,
-    check_processor,
-    check_open_files,
-    check_compiler,
-    check_secrets,
-)
+def existing_folder(path: str) -> Path:
+    """The folder `path`, or the nearest above it that exists."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _requirements() -> list[Requirement]:

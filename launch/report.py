@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from megalite.config.compose import compose_config, config_values, read_config
+from megalite.config.compose import compose_config, config_values
+from megalite.config.frozen import read_config
 from megalite.config.schema import ReportConfig, TrainConfig
 from megalite.errors import DataError
 from megalite.guard.goodput import GOODPUT, goodput_table, read_lives

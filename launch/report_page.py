@@ -32,6 +32,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .4rem 1rem .4rem 0; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: normal; font-size: .85rem; }
 th:first-child, td:first-child { text-align: left; }
+tr.best td { font-weight: bold; background: var(--panel); }
 pre { margin: 0; padding: 1rem 1.2rem; background: var(--panel); border-radius: .6rem; overflow-x: auto;
   font: .88rem/1.55 ui-monospace, "DejaVu Sans Mono", "Noto Sans Mono CJK SC", monospace; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 34rem; overflow-y: auto; }
@@ -59,13 +60,18 @@ def render_page(
         _section("What next", f"<pre>{_command_lines(commands)}</pre>"),
         f"<section><details><summary>Configuration</summary><pre>{escape(config)}</pre></details></section>",
     ]
+    return render_document(title, "".join(parts))
+
+
+def render_document(title: str, body: str) -> str:
+    """A page of the house around `body`, which is HTML."""
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         # Texts that a model or a user wrote stand on this page: even a mistake in the escaping must run nothing.
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)} · MegaLite</title><style>{_STYLE}</style></head>\n"
-        f"<body>{''.join(parts)}</body></html>\n"
+        f"<body>{body}</body></html>\n"
     )
 
 

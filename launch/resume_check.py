@@ -5,7 +5,6 @@ every figure of every step and every tensor of the last checkpoint must have the
 """
 
 import dataclasses
-import os
 import shutil
 import signal
 import sys
@@ -16,15 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalite.config.compose import compose_config, compose_train
-from megalite.config.place import count_gpus, place_from_environment
+from megalite.config.place import place_from_environment
 from megalite.config.schema import LoggingConfig, ResumeCheckConfig, ResumeCheckKeys, TrainConfig
-from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_commands import validate_resume_check
 from megalite.errors import EXIT_OK, ConfigError, ResourceError
 from megalite.log import get_logger, setup_logging
 from megalite.metrics.jsonl import read_metrics
-from megalite.preflight import preflight
 
+from .prepare import import_for_ranks, prepare
 from .resume_check_compare import METRICS, Comparison, compare_rows, compare_runs, describe_tensors
 from .resume_check_runs import ResumeCheckError, train, train_and_kill
 
@@ -79,38 +77,36 @@ def resume_check(arguments: list[str]) -> int:
             "another launcher, see resume_check.compare in megalite resume-check --help"
         )
     with _workspace(options.directory) as folder:
-        config, world_size = prepare(overrides, options.steps, folder)
+        config, world_size = prepare_check(overrides, options.steps, folder)
         _warn_of_a_small_disk(config, folder)
         log.info("%s", _what_runs(config, world_size, options.steps))
         check(config, world_size, options, folder)
     return EXIT_OK
 
 
-def prepare(overrides: Sequence[str], steps: int, folder: Path) -> tuple[TrainConfig, int]:
+def prepare_check(overrides: Sequence[str], steps: int, folder: Path) -> tuple[TrainConfig, int]:
     """The user's configuration, checked as `megalite train` does, as a run below `folder`; and the world size."""
     config = compose_train(overrides)
-    num_gpus = count_gpus()
-    device = "cuda" if num_gpus else "cpu"
-    world_size = config.launch.nproc_per_node or max(1, num_gpus)
-    validate_train(config, world_size, device)
+    if config.launch.name != "local":
+        raise ConfigError(
+            f"launch: found {config.launch.name}, but resume-check starts its own ranks, on this machine; train twice "
+            "with that launcher instead, and see resume_check.compare in megalite resume-check --help"
+        )
+    training = prepare(config, lambda config: _short(config, steps, folder))
+    import_for_ranks(training)  # before ranks fork from this process, many times
+    # Only now: preflight looks at these stores for the size of the vocabulary.
+    data = dataclasses.replace(training.config.data, validation=())
+    return dataclasses.replace(training.config, data=data), training.world_size
+
+
+def _short(config: TrainConfig, steps: int, folder: Path) -> TrainConfig:
     if 2 * steps > config.trainer.steps:
         raise ConfigError(
             f"resume_check.steps: found {steps}, but twice as many must fit in trainer.steps={config.trainer.steps}"
         )
     if config.checkpoint.resume not in ("auto", "never"):
         log.warning("checkpoint.resume=%s has no effect here: runs start from new weights", config.checkpoint.resume)
-    config = preflight(resolve_auto(variant(config, folder / "straight", 2 * steps), device))
-    validate_train(config, world_size, device)  # again, now that model.vocab_size is known
-    if world_size > 1 and not num_gpus:
-        # Read when torch is imported, below: ranks share the cores.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
-    import megalite.train  # noqa: F401  before ranks fork from this process, many times
-    from megalite.engine import preload
-
-    if not num_gpus:
-        preload()
-    # Only now: preflight looks at these stores for the size of the vocabulary.
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, validation=())), world_size
+    return variant(config, folder / "straight", 2 * steps)
 
 
 def variant(config: TrainConfig, run_dir: Path, stop_after: int, save_every: int = 0) -> TrainConfig:
@@ -128,7 +124,7 @@ def variant(config: TrainConfig, run_dir: Path, stop_after: int, save_every: int
 def check(config: TrainConfig, world_size: int, options: ResumeCheckConfig, folder: Path) -> None:
     """Run `config` below `folder` without and with interruptions and print the table.
 
-    `config` is as `prepare` gives it. Raises `ResumeCheckError` when a run differs or fails.
+    `config` is as `prepare_check` gives it. Raises `ResumeCheckError` when a run differs or fails.
     """
     parts = []
     for part in _parts(config, world_size, options, folder):

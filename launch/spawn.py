@@ -46,7 +46,7 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
                 target=_run,
                 args=(
                     target,
-                    Place(r, r, world_size, world_size, init_method, process_started()),
+                    Place(r, r, world_size, world_size, init_method, started=process_started()),
                     os.getpid(),
                     Path(folder),
                 ),

@@ -1,7 +1,9 @@
 """One logger for the package. The launcher tells it the rank; libraries below only call `get_logger`."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = "megalite"
@@ -30,3 +32,16 @@ def setup_logging(rank: int = 0, log_file: Path | None = None) -> None:
         file = logging.FileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
+
+
+@contextlib.contextmanager
+def errors_in_log() -> Iterator[None]:
+    """An exception that leaves the block is written to the log file too; on the terminal its launcher shows it."""
+    try:
+        yield
+    except Exception as error:
+        for handler in logging.getLogger(_ROOT).handlers:
+            if isinstance(handler, logging.FileHandler):
+                text = f"{type(error).__name__}: {error}"
+                handler.handle(logging.LogRecord(_ROOT, logging.ERROR, __file__, 0, text, None, None))
+        raise

@@ -2,8 +2,6 @@
 
 import json
 import os
-import secrets
-import time
 from datetime import timedelta
 
 import torch
@@ -11,10 +9,11 @@ import torch.distributed as dist
 
 from megalite.config.place import Place
 from megalite.errors import ResourceError
+from megalite.network import interface_of, own_address
+from megalite.rendezvous import store_of_this_start
 
 _SHOWN_COLLECTIVES = 16
 _TIMEOUT = timedelta(minutes=30)
-_POLL_SECONDS = 0.02
 # The flight recorder keeps so many of all groups; read by torch at the first one.
 os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
 
@@ -50,10 +49,20 @@ def last_collectives() -> dict[str, list[tuple[int, str]]]:
     return {group: collectives[-_SHOWN_COLLECTIVES:] for group, collectives in found.items()}
 
 
-def start_process_group(place: Place, device: torch.device) -> None:
-    """Join the other ranks: NCCL on GPUs, gloo on CPUs; a world of one needs no rendezvous."""
+def start_process_group(place: Place, device: torch.device, interface: str | None = None) -> None:
+    """Join the other ranks: NCCL on GPUs, gloo on CPUs; a world of one needs no rendezvous.
+
+    `interface` is that of the network between hosts; None: the one that leads to where ranks meet. What gloo and NCCL
+    find in the environment stands above it. Raises `ResourceError` when it is not there.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.HashStore() if place.init_method is None else _store_of_this_start(place)
+    if interface or place.address:
+        # Left alone, gloo listens on whatever address the host's own name has: on Debian that is the loopback.
+        name = interface or interface_of(own_address(str(place.address)))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if interface:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    store = dist.HashStore() if place.init_method is None else store_of_this_start(place, _TIMEOUT)
     dist.init_process_group(
         backend,
         init_method=None if store else place.init_method,
@@ -63,36 +72,3 @@ def start_process_group(place: Place, device: torch.device) -> None:
         timeout=_TIMEOUT,
         device_id=device if backend == "nccl" else None,
     )
-
-
-def _store_of_this_start(place: Place) -> dist.Store | None:
-    """A part of torchrun's store that no earlier start has written to; None where the launcher makes a store each time.
-
-    The agents of torch 2.13 keep one store for all restarts, in which the addresses of dead ranks still stand, and
-    count restarts each for itself. So rank 0 draws a name, and tells it to every rank that asks with a number of its
-    own, until all have come.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
-        return None
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=_TIMEOUT))
-    shared = dist.PrefixStore("megalite", store)
-    own = secrets.token_hex(8)
-    if place.rank:
-        shared.set(f"asks/{place.rank}", own)
-        name = shared.get(f"told/{place.rank}/{own}").decode()
-        shared.set(f"came/{name}/{place.rank}", "")
-        return dist.PrefixStore(name, shared)
-    told: dict[int, bytes] = {}
-    missing = set(range(1, place.world_size))
-    deadline = time.monotonic() + _TIMEOUT.total_seconds()
-    while missing:
-        if time.monotonic() > deadline:
-            raise ResourceError(f"of {place.world_size} ranks these have not come within {_TIMEOUT}: {sorted(missing)}")
-        for rank in sorted(missing):
-            if shared.check([f"asks/{rank}"]) and (asked := shared.get(f"asks/{rank}")) != told.get(rank):
-                told[rank] = asked
-                shared.set(f"told/{rank}/{asked.decode()}", own)
-            if shared.check([f"came/{own}/{rank}"]):
-                missing.discard(rank)
-        time.sleep(_POLL_SECONDS)
-    return dist.PrefixStore(own, shared)

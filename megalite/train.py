@@ -1,6 +1,7 @@
 """One rank of a training run: `torchrun -m megalite.train key=value ...`, or called by `megalite train`."""
 
 import contextlib
+import socket
 import sys
 from pathlib import Path
 
@@ -8,17 +9,20 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.compose import compose_train, config_digest, config_values
+from megalite.config.frozen import FROZEN, sent_config
 from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import GuardConfig, TrainConfig
 from megalite.config.validate import resolve_auto, validate_train
-from megalite.errors import ConfigError, MegaliteError, ResourceError
+from megalite.data.format import TokenStore
+from megalite.errors import ConfigError, DataError, MegaliteError, ResourceError
 from megalite.guard.goodput import GOODPUT, GoodputClock, format_goodput, process_started
 from megalite.guard.heartbeat import Heartbeat
 from megalite.guard.lock import RunLock
+from megalite.guard.run_state import LifeRecord
 from megalite.guard.signals import StopSignals
 from megalite.guard.stall import Limits
 from megalite.guard.vitals import Vitals
-from megalite.log import get_logger, setup_logging
+from megalite.log import errors_in_log, get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
 from megalite.process import last_collectives, pick_device, start_process_group
@@ -33,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         place = place_from_environment()
         setup_logging(place.rank)
-        config = compose_train(drop_local_rank(sys.argv[1:] if arguments is None else arguments))
+        config = _sent_or_composed(drop_local_rank(sys.argv[1:] if arguments is None else arguments))
         if config.launch.nproc_per_node not in (None, place.local_world_size):
             log.warning(
                 "launch.nproc_per_node=%s has no effect here: the launcher started %d ranks on this machine",
@@ -61,15 +65,18 @@ def train(config: TrainConfig, place: Place) -> None:
     run_dir = Path(config.run_dir)
     clock = GoodputClock(place.started or process_started(), run_dir / GOODPUT if place.rank == 0 else None)
     with contextlib.ExitStack() as stack:
+        life = None
         if place.rank == 0:
             stack.enter_context(contextlib.closing(RunLock(run_dir)))
+            life = stack.enter_context(LifeRecord(run_dir, place.world_size))
+        stack.enter_context(errors_in_log())
         heartbeat = _start_heartbeat(config.guard, run_dir / "logs", place) if config.guard.watchdog else None
         if heartbeat:
             stack.enter_context(contextlib.closing(heartbeat))
         signals = stack.enter_context(contextlib.closing(StopSignals()))
         vitals = Vitals(clock, signals, heartbeat)
         vitals.enter("start", "process group")
-        start_process_group(place, device)
+        start_process_group(place, device, config.launch.interface)
         stack.callback(dist.destroy_process_group)
         vitals.enter("start", "configuration")
         if place.rank == 0:
@@ -80,8 +87,19 @@ def train(config: TrainConfig, place: Place) -> None:
         try:
             trainer.run()
         finally:
-            if place.rank == 0:
+            if life:
+                life.stands(trainer.counters.step, trainer.last_step, config.trainer.steps)
                 log.info("where the time went, in all lives of the run:\n%s", format_goodput(clock.table()))
+
+
+def _sent_or_composed(arguments: list[str]) -> TrainConfig:
+    """What a launcher of ours sent along; under anybody else's, every rank composes the same arguments."""
+    config = sent_config()
+    if config is None:
+        return compose_train(arguments)
+    if arguments:
+        raise ConfigError(f"{arguments[0]}: the environment variable {FROZEN} gives the whole configuration; unset it")
+    return config
 
 
 def _start_heartbeat(config: GuardConfig, logs: Path, place: Place) -> Heartbeat:
@@ -96,12 +114,22 @@ def _start_heartbeat(config: GuardConfig, logs: Path, place: Place) -> Heartbeat
 
 
 def _check_agreement(config: TrainConfig) -> None:
-    """Every rank composed its own configuration: they must be equal. Also the barrier behind which run_dir exists."""
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, config_digest(config_values(config)))
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
+    """Every rank has its own configuration, and its own sight of the stores, perhaps of another disk: all are equal.
+
+    Also the barrier behind which run_dir exists.
+    """
+    stores = {store.path: TokenStore.open(store.path).digest for store in (*config.data.train, *config.data.validation)}
+    said = ((socket.gethostname(), config_digest(config_values(config)), stores),) * dist.get_world_size()
+    everyone = list(said)
+    dist.all_gather_object(everyone, said[0])
+    _, config_of_rank_0, stores_of_rank_0 = everyone[0]
+    if different := [rank for rank, (_, digest, _) in enumerate(everyone) if digest != config_of_rank_0]:
         raise ConfigError(f"ranks {different} were started with another configuration than rank 0")
+    for path, digest in stores_of_rank_0.items():
+        if hosts := sorted({host for host, _, found in everyone if found[path] != digest}):
+            raise DataError(
+                f"{path}: on {', '.join(hosts)} it is another store than on {everyone[0][0]}; copy it again"
+            )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from megalite.checkpoint import Counters, Saver, agree_on_checkpoint, checkpoint_bytes, load_checkpoint
 from megalite.checkpoint_folder import prune, set_aside_newer
 from megalite.comm import is_any
-from megalite.config.compose import save_config
+from megalite.config.frozen import save_config
 from megalite.config.schema import TrainConfig
 from megalite.data.feed import Feed
 from megalite.data.format import TokenStore

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from megalite.config.compose import save_config
+from megalite.config.frozen import save_config
 from megalite.config.schema import DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, StoreConfig
 from megalite.errors import CheckpointError, ConfigError
 from megalite.evaluate import evaluate

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint import checkpoint_bytes, saver
 from megalite.checkpoint_format import read_manifest, write_manifest
-from megalite.config.compose import read_config
+from megalite.config.frozen import read_config
 from megalite.data.files import digest_file
 from megalite.data.format import TokenStore
 from megalite.data.loader import Loader

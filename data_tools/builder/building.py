@@ -18,9 +18,10 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -166,9 +167,9 @@ def _build(config: DataBuildConfig, units: Sequence[Unit], tokenizer: Tokenizer,
                 config.decontaminate.ngram,
             )
     if config.dedup.lines:
-        _run_units(Worker.hash_lines, units, config, leaks)
+        _run_units(Worker.hash_lines, units, config, leaks, tokenizer)
         mark_repeats([unit.folder for unit in units])
-    _run_units(Worker.run, units, config, leaks)
+    _run_units(Worker.run, units, config, leaks, tokenizer)
     counts = _gather_counts(units)
     segments = open_segments([unit.folder for unit in units], DTYPES[dtype_for(tokenizer.vocab_size)])
     threshold = config.dedup.threshold if config.dedup.near else None
@@ -249,26 +250,64 @@ def _identity(path: Path) -> tuple[str, int, int]:
 
 
 def _run_units(
-    work: Callable[[Worker, Unit], None], units: Sequence[Unit], config: DataBuildConfig, leaks: Path | None
+    work: Callable[[Worker, Unit], None],
+    units: Sequence[Unit],
+    config: DataBuildConfig,
+    leaks: Path | None,
+    tokenizer: Tokenizer,
 ) -> None:
-    """Do what is not done of a kind of work. One worker is this process itself."""
+    """Do what is not done of a kind of work. One of the workers is this process itself."""
     workers = min(config.workers or os.cpu_count() or 1, len(units))
+    own = Worker(config, leaks, tokenizer)
     if workers == 1:
-        worker = Worker(config, leaks)
         for unit in units:
-            work(worker, unit)
+            work(own, unit)
         return
     # Spawned, not forked: pyarrow has threads by now. Children import this module, hence no torch.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(config, leaks))
+    pool = ProcessPoolExecutor(workers - 1, context, initializer=_start_worker, initargs=(config, leaks))
     try:
-        futures = [pool.submit(_run_in_worker, work, unit) for unit in units]
-        for future in futures:  # in order, so that the error is the same for any number of workers
-            while not wait([future], timeout=_LOG_SECONDS).done:
-                _log_progress(units)
-            future.result()
+        with _progress_logged(units):
+            futures = [pool.submit(_run_in_worker, work, unit) for unit in units]
+            errors = _run_from_the_end(partial(work, own), units, futures)
+            for number, future in enumerate(futures):  # in order: the error is the same for any number of workers
+                if number in errors:
+                    raise errors[number]
+                if not future.cancelled():
+                    future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _run_from_the_end(
+    work: Callable[[Unit], None], units: Sequence[Unit], futures: "Sequence[Future[None]]"
+) -> dict[int, Exception]:
+    """Do here what no other worker has begun, until there is nothing left or one fails; returns how, by its number."""
+    for number in reversed(range(len(units))):
+        if futures[number].cancel():
+            try:
+                work(units[number])
+            except Exception as error:
+                return {number: error}
+    return {}
+
+
+@contextmanager
+def _progress_logged(units: Sequence[Unit]) -> Iterator[None]:
+    """A line now and then, from a thread: this process is at work itself."""
+    ended = threading.Event()
+
+    def log_now_and_then() -> None:
+        while not ended.wait(_LOG_SECONDS):
+            _log_progress(units)
+
+    thread = threading.Thread(target=log_now_and_then, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _log_progress(units: Sequence[Unit]) -> None:

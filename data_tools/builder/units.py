@@ -66,10 +66,10 @@ class Unit:
 class Worker:
     """What every unit of a build is done with; made once in a process."""
 
-    def __init__(self, config: DataBuildConfig, leaks: Path | None):
-        """`leaks`: the n-grams of `LeakFinder`, when the build looks for them."""
+    def __init__(self, config: DataBuildConfig, leaks: Path | None, tokenizer: Tokenizer | None = None):
+        """`leaks`: the n-grams of `LeakFinder`, when the build looks for them. `tokenizer`: of `config`, loaded."""
         self.config = config
-        self.tokenizer: Tokenizer = load_tokenizer(config.tokenizer.path)
+        self.tokenizer = tokenizer or load_tokenizer(config.tokenizer.path)
         self.encoder = Encoder(self.tokenizer, config.tokenizer.engine)
         self.cleaner: Cleaner | None = build_cleaner(config.clean) if config.clean else None
         self._markup = any(step.step == "html" for step in config.clean)  # which takes the text out, once

@@ -6,11 +6,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
-import yaml
 
 from megalite.config.loader import check_choice, load_config, unknown_key_message
 from megalite.config.schema import TrainConfig
@@ -55,6 +53,38 @@ def compose_train(overrides: Sequence[str]) -> TrainConfig:
     return load_config(TrainConfig, _plain(composed))
 
 
+def split_sweep(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The overrides of `megalite train -m`: those with one value as they stand, and the keys with several.
+
+    The latter as Hydra's own `Override`. Raises `ConfigError` for an unknown key or choice, and for a key that is given
+    twice; what the values hold is checked once they are composed.
+    """
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    single: list[str] = []
+    several: dict[str, Any] = {}
+    seen: dict[str, str] = {}
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONF_MODULE, version_base="1.3"):
+            for line in overrides:
+                override = _parse(TrainConfig, line, literal=False, sweep=True)
+                key = override.key_or_group
+                if override.is_sweep_override():
+                    _checked_override(TrainConfig, override, sweep=True)
+                    several[key] = override
+                else:
+                    single.append(line)
+                if key in seen and key in several:
+                    raise ConfigError(f"{key} is given twice: {seen[key]} and {line}")
+                seen[key] = line
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    return single, several
+
+
 def default_values(primary: str, cls: type) -> dict[str, Any]:
     """What `conf/<primary>.yaml` says without overrides, dotted keys, references unresolved."""
     composed, _ = _compose(primary, cls, (), literal=False)
@@ -95,32 +125,6 @@ def config_values(config: Any) -> dict[str, Any]:
     """A configuration dataclass as plain values: nested dicts, lists and scalars, as YAML and JSON hold them."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values
-
-
-def config_yaml(config: Any) -> str:
-    """A configuration dataclass as YAML, keys in the schema's order."""
-    return yaml.safe_dump(config_values(config), sort_keys=False, allow_unicode=True)
-
-
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the frozen configuration as YAML, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(config_yaml(config), encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_config(path: Path) -> TrainConfig:
-    """Read a frozen configuration. Raises `ConfigError` when the file is missing or does not fit the schema."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: is run_dir the directory of a training run?") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is empty or holds no keys: it is damaged")
-    return load_config(TrainConfig, values)
 
 
 def _compose(primary: str, cls: type, overrides: Sequence[str], literal: bool) -> tuple[Any, dict[str, Any]]:
@@ -166,14 +170,16 @@ def _plain(composed: Any) -> dict[str, Any]:
         raise ConfigError(f"{key}{str(error).splitlines()[0]} (${{...}} stands for another key's value)") from None
 
 
-def _parse(cls: type, override: str, literal: bool) -> Any:
+def _parse(cls: type, override: str, literal: bool, sweep: bool = False) -> Any:
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     if "=" not in override and not override.startswith("~"):
         raise ConfigError(f"{override!r} is not of the form key=value")
     try:
-        return OverridesParser.create().parse_override(_quoted(cls, override, literal))
+        loader = GlobalHydra.instance().config_loader()  # knows what the glob of a sweep stands for
+        return OverridesParser.create(loader).parse_overrides([_quoted(cls, override, literal, sweep)])[0]
     except HydraException:
         raise ConfigError(
             f"{override} cannot be read as key=value; a list is written key=[a,b], a group key={{a:1,b:2}}, and text "
@@ -181,9 +187,11 @@ def _parse(cls: type, override: str, literal: bool) -> Any:
         ) from None
 
 
-def _quoted(cls: type, override: str, literal: bool) -> str:
+def _quoted(cls: type, override: str, literal: bool, sweep: bool = False) -> str:
     """Text values in quotes, so that `prompt=To be, or not: {x}` is text and not Hydra's grammar."""
     key, _, value = override.partition("=")
+    if sweep and ("," in value or re.fullmatch(r"\w+\(.*\)", value)):
+        return override  # several texts
     try:
         hint = _key_hint(cls, key)
     except ConfigError:
@@ -208,8 +216,8 @@ def _takes_text(hint: Any, value: str) -> bool:
     return hint is str or (origin in (typing.Union, types.UnionType) and str in args)
 
 
-def _checked_override(cls: type, override: Any) -> str:
-    """The override as Hydra takes it, its key checked against the schema.
+def _checked_override(cls: type, override: Any, sweep: bool = False) -> str:
+    """The override as Hydra takes it, its key checked against the schema; one with several values if `sweep` allows it.
 
     The check makes it safe to hand Hydra the force-add form, so YAML files need not repeat every default.
     """
@@ -220,13 +228,17 @@ def _checked_override(cls: type, override: Any) -> str:
         raise ConfigError(f"{line}: keys can be changed with key=value, neither added (+) nor deleted (~)")
     if override.package is not None:
         raise ConfigError(f"{line}: the group {key} has one place; give {key}=...")
-    if override.is_sweep_override():
+    if override.is_sweep_override() and not sweep:
         is_list = typing.get_origin(_key_hint(cls, key)) is tuple
         fix = f"a list is written {key}=[{line.partition('=')[2]}]" if is_list else "give one"
         raise ConfigError(f"{line}: several values at once are for sweeps; {fix}")
-    options, value = _group_options(cls, key), override.value()
-    if options and not isinstance(value, dict):
-        check_choice(key, value, options)
+    options = _group_options(cls, key)
+    values = [line.partition("=")[2] if override.is_sweep_override() else override.value()]
+    if override.is_discrete_sweep():
+        values = list(override.sweep_iterator())
+    if options and not any(isinstance(value, dict) for value in values):
+        for value in values:
+            check_choice(key, getattr(value, "text", value), options)
         return line
     _key_hint(cls, key)
     return f"++{line}"

@@ -1,6 +1,7 @@
 """Where a process stands among the ranks: what launchers say in environment variables, read in this one place."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ class Place:
     world_size: int = 1
     local_world_size: int = 1  # ranks on this machine
     init_method: str | None = None  # None: a world of one that needs no rendezvous
+    address: str | None = None  # of the host where ranks meet, when that may be another one
     started: float | None = None  # when the command was, in seconds since 1970; None: with this process
 
 
 def place_from_environment(environment: Mapping[str, str] | None = None) -> Place:
-    """The place that torchrun or the deepspeed launcher gave this process; a world of one without a launcher.
+    """The place that torchrun, the deepspeed launcher or srun gave this process; a world of one without a launcher.
 
     Raises `ConfigError` when only some of the variables are set, or one is no number.
     """
@@ -29,7 +31,8 @@ def place_from_environment(environment: Mapping[str, str] | None = None) -> Plac
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     found = [name for name in names if name in environment]
     if not found:
-        return Place()
+        # Of the step that srun started; a batch script has SLURM_PROCID too, and is one process.
+        return _place_of_slurm(environment) if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1 else Place()
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(f"the environment sets {', '.join(found)} but not {', '.join(missing)}: a launcher sets all")
@@ -41,10 +44,44 @@ def place_from_environment(environment: Mapping[str, str] | None = None) -> Plac
         )
     # The deepspeed launcher does not tell; on one machine, which is where it matters (CPU threads), all are local.
     local_world_size = _number(environment, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else world_size
-    return Place(rank, local_rank, world_size, local_world_size, "env://")
+    return Place(rank, local_rank, world_size, local_world_size, "env://", environment["MASTER_ADDR"])
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
+def _place_of_slurm(environment: Mapping[str, str]) -> Place:
+    """One task a rank: `srun python -m megalite.train`. Ranks meet on the step's first host."""
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")
+    if missing := [name for name in (*names, "SLURM_JOB_ID") if name not in environment]:
+        raise ConfigError(f"the environment sets SLURM_STEP_NUM_TASKS but not {', '.join(missing)}: srun sets all")
+    address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+    port = _number(environment, "MASTER_PORT", 20000 + _number(environment, "SLURM_JOB_ID") % 10000)
+    on_nodes = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    return Place(
+        _number(environment, "SLURM_PROCID"),
+        _number(environment, "SLURM_LOCALID"),
+        _number(environment, "SLURM_STEP_NUM_TASKS"),
+        on_nodes[_number(environment, "SLURM_NODEID")],
+        f"tcp://{address}:{port}",
+        address,
+    )
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a list as Slurm writes it: `gpu[03-05,9],login` begins with gpu03."""
+    name, bracket, rest = hosts.partition("[")
+    if not bracket or "," in name:
+        return name.partition(",")[0]
+    return name + re.split(r"[-,\]]", rest, maxsplit=1)[0] + rest.partition("]")[2].partition(",")[0]
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` is 2, 2, 2, 1."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in parts for _ in range(int(times or 1))]
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and name not in environment:
+        return default
     try:
         return int(environment[name])
     except ValueError:

@@ -7,6 +7,8 @@ the second against the first. Choices are `Literal`s; a test holds them equal to
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megalite.config.schema_launch import LaunchConfig
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Recompute = Literal["none", "selective", "full"]
 ContextMethod = Literal["auto", "ulysses", "ring"]
@@ -228,14 +230,6 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
-    """How `megalite train` starts ranks."""
-
-    name: Literal["local"] = "local"
-    nproc_per_node: int | None = None  # None: the number of GPUs, or 1 without one
-
-
-@dataclass(frozen=True, kw_only=True)
 class WandbConfig:
     """Weights & Biases. The API key is read by wandb itself from its environment, never from here."""
 
@@ -331,6 +325,8 @@ class DoctorConfig:
     run_dir: str = "."  # the disk that holds it is looked at; it need not exist
     port: int = 29500  # the port that torchrun and deepspeed meet on
     min_free_gib: float = 10.0  # less free disk space than this is a warning
+    nproc_per_node: int | None = None  # so many ranks measure how fast they can add up a tensor; null: not measured
+    size_mib: int = 64  # of that tensor
 
 
 @dataclass(frozen=True, kw_only=True)

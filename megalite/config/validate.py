@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megalite.config.schema import DataConfig, Precision, StoreConfig, TrainConfig
+from megalite.config.validate_launch import launch_rules
 from megalite.config.validate_layout import is_positive, layout_rules
 from megalite.errors import ConfigError
 from megalite.redaction import has_secret
@@ -18,7 +19,9 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
     `device_type` is what the ranks will run on, `cpu` or `cuda`.
     """
     config = resolve_auto(config, device_type)
-    rules = (layout_rules, _trainer_rules, _objective_rules, _optimizer_rules, _data_rules, _run_rules)
+    rules = (
+        layout_rules, _trainer_rules, _objective_rules, _optimizer_rules, _data_rules, _run_rules, launch_rules,
+    )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -27,7 +30,7 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
 def validate_untrained(config: TrainConfig, world_size: int) -> None:
     """As `validate_train`, but for the rules about data and batch sizes: of a configuration that will not train."""
     config = resolve_auto(config, "cpu")
-    rules = (layout_rules, _objective_rules, _optimizer_rules, _run_rules)
+    rules = (layout_rules, _objective_rules, _optimizer_rules, _run_rules, launch_rules)
     if problems := [problem for rule in rules for problem in rule(config, world_size)]:
         raise ConfigError("\n".join(problems))
 
@@ -175,9 +178,6 @@ def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
     for first, last in config.data.skip_steps:
         if not 1 <= first <= last:
             yield f"data.skip_steps: found [{first}, {last}], expected the first and the last of some steps, from 1"
-    nproc = config.launch.nproc_per_node
-    if nproc is not None and nproc < 1:
-        yield f"launch.nproc_per_node: found {nproc}, must be at least 1"
     for key in _secrets_in(dataclasses.asdict(config)):
         yield f"{key}: holds a URL with a user or password, which would be written to the run directory; take it out"
 

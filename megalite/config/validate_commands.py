@@ -18,6 +18,7 @@ from megalite.config.schema_data import (
     Split,
     TokenizerTrainConfig,
 )
+from megalite.config.schema_monitor import JobsConfig, LogsConfig
 from megalite.config.validate import same_source_rules
 from megalite.errors import ConfigError
 
@@ -85,6 +86,16 @@ def validate_resume_check(config: ResumeCheckConfig) -> None:
 def validate_doctor(config: DoctorConfig) -> None:
     """Raise one `ConfigError` with a line for every setting of `megalite doctor` that cannot work."""
     _raise(_doctor_rules(config))
+
+
+def validate_jobs(config: JobsConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite jobs` that cannot work."""
+    _raise(_jobs_rules(config))
+
+
+def validate_logs(config: LogsConfig) -> None:
+    """Raise one `ConfigError` with a line for every setting of `megalite logs` that cannot work."""
+    _raise(_logs_rules(config))
 
 
 def _evaluate_rules(config: EvaluateConfig) -> Iterator[str]:
@@ -199,6 +210,25 @@ def _doctor_rules(config: DoctorConfig) -> Iterator[str]:
         yield f"port: found {config.port}, allowed: 1 to 65535"
     if not 0 <= config.min_free_gib < math.inf:
         yield f"min_free_gib: found {config.min_free_gib}, allowed: 0 or more"
+    if config.nproc_per_node is not None and not 2 <= config.nproc_per_node <= 1024:
+        yield f"nproc_per_node: found {config.nproc_per_node}, allowed: 2 to 1024, or null to measure nothing"
+    if not 1 <= config.size_mib <= 1 << 16:
+        yield f"size_mib: found {config.size_mib}, allowed: 1 to {1 << 16}"
+
+
+def _jobs_rules(config: JobsConfig) -> Iterator[str]:
+    yield from _named(config, "folder")
+    if config.watch != 0 and not 0.5 <= config.watch < math.inf:
+        yield f"watch: found {config.watch}, allowed: 0 (look once), or 0.5 seconds and more"
+    if config.watch and config.format == "json":
+        yield f"watch: found {config.watch}, but format=json prints one document: leave watch out, or format=table"
+
+
+def _logs_rules(config: LogsConfig) -> Iterator[str]:
+    yield from _named(config, "run_dir")
+    yield from _at_least("", config, "lines")
+    if any(rank < 0 for rank in config.ranks):
+        yield f"ranks: found {list(config.ranks)}, allowed: 0 or more"
 
 
 def _at_least(prefix: str, config: object, *names: str) -> Iterator[str]:

@@ -15,7 +15,8 @@ import megalite
 from megalite.checkpoint.saver import FILE_BYTES
 from megalite.checkpoint_folder import commit, create_temporary
 from megalite.checkpoint_format import FileEntry, Manifest
-from megalite.config.compose import config_values, save_config
+from megalite.config.compose import config_values
+from megalite.config.frozen import save_config
 from megalite.config.loader import load_config
 from megalite.config.schema import ModelConfig, TrainConfig
 from megalite.config.validate import resolve_auto

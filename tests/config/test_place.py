@@ -18,9 +18,9 @@ def test_without_a_launcher():
 
 
 def test_under_torchrun_and_under_deepspeed():
-    assert place_from_environment(TORCHRUN) == Place(3, 1, 4, 2, "env://")
+    assert place_from_environment(TORCHRUN) == Place(3, 1, 4, 2, "env://", "localhost")
     without = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
-    assert place_from_environment(without) == Place(3, 1, 4, 4, "env://")
+    assert place_from_environment(without) == Place(3, 1, 4, 4, "env://", "localhost")
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

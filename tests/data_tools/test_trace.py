@@ -10,7 +10,8 @@ import pytest
 
 from megalite.checkpoint_folder import commit, create_temporary
 from megalite.checkpoint_format import Manifest
-from megalite.config.compose import config_values, save_config
+from megalite.config.compose import config_values
+from megalite.config.frozen import save_config
 from megalite.data.dataset import build_dataset
 from megalite.data.format import TokenStore
 from megalite.data.packing import write_packing

@@ -93,13 +93,13 @@ def test_a_second_signal_ends_a_process_whose_main_thread_never_comes_back(tmp_p
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_training_begins_ends_the_command_with_the_requeue_code(number, monkeypatch, capfd):
     """Here while the configuration is composed; by hand, while torch is imported."""
-    from megalite.launch import commands
+    from megalite.launch import training
 
-    monkeypatch.setattr(commands, "compose_train", lambda overrides: os.kill(os.getpid(), number))
+    monkeypatch.setattr(training, "compose_train", lambda overrides: os.kill(os.getpid(), number))
     pid = os.fork()
     if pid == 0:
         try:
-            commands.train([])
+            training.train([])
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == EXIT_REQUEUE

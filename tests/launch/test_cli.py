@@ -242,7 +242,7 @@ def test_a_directory_that_is_no_run(capsys, tmp_path, command):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("megalite.launch.commands.compose_train", lambda arguments: 1 // 0)
+    monkeypatch.setattr("megalite.launch.training.compose_train", lambda arguments: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         main(["train"])
 
@@ -251,7 +251,7 @@ def test_an_interrupt_has_the_code_that_shells_expect(monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megalite.launch.commands.compose_train", interrupted)
+    monkeypatch.setattr("megalite.launch.training.compose_train", interrupted)
     assert main(["train"]) == 130
 
 

@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megalite.config.compose import compose_train, save_config
+from megalite.config.compose import compose_train
+from megalite.config.frozen import save_config
 from megalite.errors import ConfigError, DataError
 from megalite.guard.goodput import Life
 from megalite.launch.report import report, write_report

@@ -24,7 +24,7 @@ from megalite.errors import ConfigError, DataError
 from megalite.launch import resume_check as command
 from megalite.launch import resume_check_runs as runs
 from megalite.launch.cli import main
-from megalite.launch.resume_check import NOT_REPRODUCIBLE, NOT_RESTORED, NOT_UNTOUCHED, prepare
+from megalite.launch.resume_check import NOT_REPRODUCIBLE, NOT_RESTORED, NOT_UNTOUCHED, prepare_check
 from megalite.launch.resume_check_compare import METRICS, Comparison, compare_rows, compare_runs, describe_tensors
 from megalite.launch.resume_check_runs import ResumeCheckError, train_and_kill
 from tests.launch.test_cli import PROGRAM
@@ -328,7 +328,7 @@ def test_only_what_must_be_is_replaced(store, tmp_path, warnings):
         "checkpoint.asynchronous=true", "logging.wandb.mode=online", "logging.tensorboard=false", "run_dir=mine",
         *MODEL, *TENSOR, "data.prefetch=3", "trainer.stop_after=7",
     ]  # fmt: skip
-    config, world_size = prepare(overrides, 2, tmp_path)
+    config, world_size = prepare_check(overrides, 2, tmp_path)
     assert world_size == 2
     assert (config.run_dir, config.data.validation, config.logging) == (str(tmp_path / "straight"), (), LoggingConfig())
     trainer, checkpoint = config.trainer, config.checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.config.compose import read_config
+from megalite.config.frozen import read_config
 from megalite.data.dataset import TokenStore
 from megalite.errors import DataError
 from megalite.tokenizer import HF_JSON, SP_MODEL, load_tokenizer

@@ -1,0 +1,201 @@
+"""Hosts meet before any rank starts: who is missing, and who is unfit, is known by name within seconds.
+
+One process a host, over TCP, a line of JSON each way; on the port above the one where ranks will meet.
+"""
+
+import importlib.metadata
+import json
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megalite
+from megalite.config.compose import config_digest, config_values
+from megalite.config.schema import TrainConfig
+from megalite.data.format import TokenStore
+from megalite.errors import DataError, ResourceError
+from megalite.log import get_logger
+from megalite.network import interface_of, is_own
+
+log = get_logger(__name__)
+
+_LINE_BYTES = 1 << 20
+_POLL_SECONDS = 0.2
+_CLOCK_SECONDS = 2.0  # further apart, the times in logs and the ages of locks mislead
+_PACKAGES = ("torch", "deepspeed", "safetensors", "numpy")  # whose other version computes or writes something else
+
+
+@dataclass(frozen=True)
+class MeetingPoint:
+    """Where ranks of several hosts meet; the hosts themselves meet on the port above."""
+
+    address: str  # of the first host
+    port: int
+    hosts: tuple[str, ...] = ()  # the names of all, where somebody knows them
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a host says of itself."""
+
+    name: str
+    address: str
+    interface: str
+    versions: dict[str, str]
+    config: str  # the configuration's digest
+    stores: dict[str, str]  # path -> digest, or what is wrong with it
+    clock: float = 0.0  # seconds ahead of the first host, within the time of one message
+
+
+def meet(config: TrainConfig, point: MeetingPoint, address: str) -> list[Host]:
+    """Wait for all `launch.nodes` hosts and compare them; every host gets the same answer.
+
+    `address`: this host's own in the network between hosts. Raises `ResourceError` when one has not come within
+    `launch.start_timeout`, or when they cannot train together.
+    """
+    own = describe_host(config, address)
+    deadline = time.monotonic() + config.launch.start_timeout
+    if is_own(point.address):
+        hosts, problems = _gather(config, point, own, deadline)
+    else:
+        hosts, problems = _report(config, point, own, deadline)
+    for host in hosts:
+        log.info("host %s: %s on %s, clock %+.3f s", host.name, host.address, host.interface, host.clock)
+    if problems:
+        raise ResourceError("\n".join(problems))
+    return hosts
+
+
+def describe_host(config: TrainConfig, address: str) -> Host:
+    """This host."""
+    versions = {"python": platform.python_version(), "megalite": megalite.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    stores = {store.path: _store(store.path) for store in (*config.data.train, *config.data.validation)}
+    return Host(
+        socket.gethostname(), address, interface_of(address), versions, config_digest(config_values(config)), stores
+    )
+
+
+def _store(path: str) -> str:
+    try:
+        return TokenStore.open(path).digest
+    except DataError as error:
+        return str(error)
+
+
+def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:
+    """The first host: hear the others, judge, tell them."""
+    hosts, answers = [own], []
+    with _shared_mark(Path(config.run_dir)) as mark, socket.create_server((own.address, point.port + 1)) as server:
+        server.settimeout(_POLL_SECONDS)
+        blind = []  # hosts that do not see what is written to run_dir here
+        while len(hosts) < config.launch.nodes and time.monotonic() < deadline:
+            with suppress(TimeoutError, OSError, ValueError, TypeError, KeyError):
+                connection, _ = server.accept()
+                connection.settimeout(_POLL_SECONDS * 10)
+                _send(connection, {"mark": mark.name, "time": time.time()})
+                told = _receive(connection)
+                if told["config"] != config.run_name:
+                    raise ValueError  # another run's, at the same port
+                host = Host(**told["host"])
+                hosts = [known for known in hosts if known.name != host.name] + [host]
+                blind += [] if told["sees"] else [host.name]
+                answers.append(connection)
+        problems = list(_missing(config, hosts, point.hosts)) + list(_problems(config, hosts, blind))
+        for connection in answers:
+            with suppress(OSError), connection:
+                _send(connection, {"hosts": [asdict(host) for host in hosts], "problems": problems})
+    return hosts, problems
+
+
+def _report(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:
+    """Any other host: tell the first one, and hear what it makes of all."""
+    address, port, reason = point.address, point.port + 1, ""
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((address, port), timeout=_POLL_SECONDS * 10) as connection:
+                asked = time.time()
+                first = _receive(connection)
+                clock = asked - float(first["time"])  # too large by the way back: milliseconds
+                sees = (Path(config.run_dir) / str(first["mark"])).exists()
+                host = asdict(own) | {"clock": clock}
+                _send(connection, {"config": config.run_name, "host": host, "sees": sees})
+                connection.settimeout(max(deadline - time.monotonic(), 0) + _POLL_SECONDS * 10)
+                answer = _receive(connection)
+                return [Host(**host) for host in answer["hosts"]], list(answer["problems"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error) or type(error).__name__
+            time.sleep(_POLL_SECONDS)
+    raise ResourceError(
+        f"{own.name} cannot reach the first host, {address}:{port}, within launch.start_timeout="
+        f"{config.launch.start_timeout:.0f} s: {reason}. Was the run started there? Does a firewall close the port?"
+    )
+
+
+def _missing(config: TrainConfig, hosts: Sequence[Host], names: Sequence[str]) -> Iterator[str]:
+    if len(hosts) < config.launch.nodes:
+        came = {host.name for host in hosts}
+        absent = [name for name in names if name not in came and name.partition(".")[0] not in came]
+        who = f"missing: {', '.join(absent)}" if absent else f"{config.launch.nodes - len(hosts)} missing"
+        yield (
+            f"{len(hosts)} of {config.launch.nodes} hosts came within launch.start_timeout="
+            f"{config.launch.start_timeout:.0f} s: {', '.join(sorted(came))}; {who}"
+        )
+
+
+def _problems(config: TrainConfig, hosts: Sequence[Host], blind: Sequence[str]) -> Iterator[str]:
+    """Why the hosts that came cannot train together."""
+    first, others = hosts[0], hosts[1:]
+    for host in others:
+        for name, version in first.versions.items():
+            if host.versions.get(name) != version:
+                yield f"{host.name} has {name} {host.versions.get(name)}, {first.name} has {version}: install the same"
+        if host.config != first.config:
+            yield f"{host.name} was started with another configuration than {first.name}: give both the same command"
+        for path, digest in first.stores.items():
+            if host.stores.get(path) != digest:
+                yield f"{path}: on {host.name} it is not what it is on {first.name} ({host.stores.get(path)}; {digest})"
+        if abs(host.clock) > _CLOCK_SECONDS:
+            yield f"the clock of {host.name} is {host.clock:+.1f} s off that of {first.name}: let NTP set both"
+    if blind:
+        yield (
+            f"run_dir: {Path(config.run_dir).absolute()} is not the same directory on {', '.join(sorted(blind))} as on "
+            f"{first.name}; checkpoints are written by all hosts: put it on a file system that they share"
+        )
+
+
+@contextmanager
+def _shared_mark(run_dir: Path) -> Iterator[Path]:
+    """A file in `run_dir` that only those can see who share its disk; renamed into place, as checkpoints are."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    mark = run_dir / f".hosts-{secrets.token_hex(8)}"
+    try:
+        mark.with_suffix(".tmp").touch()
+        mark.with_suffix(".tmp").rename(mark)
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _send(connection: socket.socket, value: object) -> None:
+    connection.sendall(json.dumps(value).encode() + b"\n")
+
+
+def _receive(connection: socket.socket) -> dict[str, Any]:
+    """A line of JSON. Raises `ValueError` when it is too long, or no mapping."""
+    text = b""
+    while not text.endswith(b"\n"):
+        part = connection.recv(1 << 16)
+        if not part or len(text) > _LINE_BYTES:
+            raise ValueError("the other side hung up")
+        text += part
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a mapping")
+    return value

@@ -1,0 +1,57 @@
+"""A training before its ranks: how many there will be, on what, and every check that needs no torch."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megalite.config.place import count_gpus
+from megalite.config.schema import TrainConfig
+from megalite.config.schema_launch import LaunchConfig
+from megalite.config.validate import resolve_auto, validate_train
+from megalite.preflight import preflight
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is to be trained, and by how many ranks on what."""
+
+    config: TrainConfig  # validated, resolved, complete
+    world_size: int
+    device: str  # cpu or cuda
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on each host."""
+        return self.world_size // self.config.launch.nodes
+
+
+def world_of(launch: LaunchConfig) -> tuple[int, str]:
+    """The number of ranks that `launch` stands for, and what they run on: `cpu` or `cuda`."""
+    # Of Slurm's nodes nothing is known but what is asked for.
+    gpus = launch.slurm.gpus_per_node or 0 if launch.name == "slurm" else count_gpus()
+    return launch.nodes * (launch.nproc_per_node or max(1, gpus)), "cuda" if gpus else "cpu"
+
+
+def prepare(config: TrainConfig, change: Callable[[TrainConfig], TrainConfig] = lambda config: config) -> Training:
+    """Check everything that can be checked without torch and without ranks.
+
+    `change`: done to the configuration once its own rules hold, and before the disk is looked at. Raises `ConfigError`,
+    `DataError` or `CheckpointError`, naming the key or the file.
+    """
+    world_size, device = world_of(config.launch)
+    validate_train(config, world_size, device)
+    config = preflight(resolve_auto(change(config), device))
+    validate_train(config, world_size, device)  # again, now that model.vocab_size is known
+    return Training(config, world_size, device)
+
+
+def import_for_ranks(training: Training) -> None:
+    """The slow imports, once, in the process that ranks are forked from."""
+    if training.world_size > 1 and training.device == "cpu":
+        # Read when torch is imported: ranks share the cores.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // training.world_size)))
+    import megalite.train  # noqa: F401
+    from megalite.engine import preload
+
+    if training.device == "cpu":
+        preload()

@@ -1,0 +1,115 @@
+"""`launch=slurm`: the script is kept in the run directory, submitted, and waited for if asked."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megalite.config.frozen import config_yaml
+from megalite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, ResourceError
+from megalite.guard.lock import is_locked
+from megalite.log import get_logger
+
+from .prepare import Training
+from .slurm_script import batch_script, training_body
+
+log = get_logger(__name__)
+
+SCRIPT = "job.sbatch"
+JOB = "job.txt"  # the number of the job that was submitted last
+_POLL_SECONDS = 2.0  # `sbatch --wait` looks ever more seldom, up to half a minute
+_COMMAND_SECONDS = 60.0  # a client whose controller is gone waits for minutes
+_STATES_OF_A_JOB_TO_COME = ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "COMPLETING")
+
+
+def start_slurm(training: Training) -> int:
+    """Submit the training; returns 0 once it is in the queue, or with `launch.wait` the job's exit code."""
+    config = training.config
+    run_dir = Path(config.run_dir)
+    _refuse_a_second(run_dir)
+    text = script_of(training)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (run_dir / SCRIPT).write_text(text, encoding="utf-8")
+    job = submit(run_dir / SCRIPT)
+    (run_dir / JOB).write_text(job + "\n", encoding="utf-8")
+    print(f"job {job}: {run_dir / SCRIPT}; it writes to {log_of(run_dir, job)}")
+    return wait_for(job) if config.launch.wait else EXIT_OK
+
+
+def script_of(training: Training) -> str:
+    """The batch script of a training."""
+    config = training.config
+    folder = Path(config.run_dir).absolute() / "logs"
+    body = training_body(config_yaml(config))
+    return batch_script(config.run_name, config.launch, training.ranks_per_node, folder / "slurm_%j.log", body)
+
+
+def describe_slurm(training: Training) -> str:
+    """The script that `start_slurm` would submit."""
+    return script_of(training).rstrip("\n")
+
+
+def log_of(run_dir: Path, job: str) -> Path:
+    """Where a job of one training writes."""
+    return run_dir / "logs" / f"slurm_{job}.log"
+
+
+def submit(script: Path) -> str:
+    """Hand a script to sbatch; returns the job's number. Raises `ResourceError` with what sbatch said."""
+    return command("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def command(*arguments: str) -> str:
+    """What a command of Slurm prints. Raises `ResourceError` when it fails, and `ConfigError` when there is none."""
+    if shutil.which(arguments[0]) is None:
+        raise ConfigError(f"launch: found slurm, but there is no {arguments[0]} on this host; allowed: where Slurm is")
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ResourceError(
+            f"{arguments[0]} gave no answer within {_COMMAND_SECONDS:.0f} s: is Slurm's controller up?"
+        ) from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise ResourceError(f"{arguments[0]}: {said}")
+    return done.stdout
+
+
+def wait_for(job: str) -> int:
+    """Wait until a job has ended for good; returns its exit code (EXIT_FAILURE when Slurm ended it)."""
+    while (found := job_state(job))[0] in _STATES_OF_A_JOB_TO_COME:
+        time.sleep(_POLL_SECONDS)
+    state, code = found
+    print(f"job {job}: {state}, exit code {code}", file=sys.stderr)
+    return code if state != "COMPLETED" else EXIT_OK
+
+
+def job_state(job: str) -> tuple[str, int]:
+    """A job's state in Slurm's words, and its exit code (128 + a signal's number)."""
+    text = command("scontrol", "--oneliner", "show", "job", job).splitlines()[0]
+    state = re.search(r"\bJobState=(\S+)", text)
+    code = re.search(r"\bExitCode=(\d+):(\d+)", text)
+    if not state or not code:
+        raise ResourceError(f"scontrol says of job {job}: {text[:200]}")
+    number = int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0)
+    return state[1], number or (EXIT_FAILURE if state[1] != "COMPLETED" else 0)
+
+
+def _refuse_a_second(run_dir: Path) -> None:
+    """Two jobs on one run directory: the second would wait for its nodes only to be refused there."""
+    if is_locked(run_dir):
+        raise ResourceError(
+            f"run_dir: {run_dir} is in use by another training; wait for it, or choose another run_name"
+        )
+    try:
+        job = (run_dir / JOB).read_text(encoding="utf-8").strip()
+        state = job_state(job)[0]
+    except (OSError, ResourceError):
+        return  # none, or Slurm has forgotten it
+    if state in _STATES_OF_A_JOB_TO_COME and job != os.environ.get("SLURM_JOB_ID"):
+        raise ResourceError(
+            f"run_dir: job {job} of {run_dir} is {state}; `scancel {job}` ends it, another run_name is another run"
+        )

@@ -1,0 +1,49 @@
+"""Which way leads to another host."""
+
+import socket
+
+import psutil
+
+from megalite.errors import ResourceError
+
+
+def own_address(towards: str) -> str:
+    """This host's own IP address on the way to the host `towards`. Raises `ResourceError` when there is no way."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing: the kernel only chooses a route
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ResourceError(
+            f"{socket.gethostname()} finds no way to {towards}: {error}; see launch.address, or the names in /etc/hosts"
+        ) from None
+
+
+def interface_of(address: str) -> str:
+    """The name of the network interface with this address of this host, such as eth0."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.partition("%")[0] == address for found in addresses):
+            return name
+    raise ResourceError(f"{socket.gethostname()} has no network interface with the address {address}")
+
+
+def addresses_of(interface: str) -> list[str]:
+    """IP addresses of an interface of this host. Raises `ResourceError` when there is no such interface."""
+    everything = psutil.net_if_addrs()
+    if interface not in everything:
+        raise ResourceError(
+            f"launch.interface: found {interface}, but {socket.gethostname()} has {', '.join(sorted(everything))}"
+        )
+    found = [a.address for a in everything[interface] if a.family in (socket.AF_INET, socket.AF_INET6)]
+    return sorted(found, key=lambda text: ":" in text)
+
+
+def is_own(address: str) -> bool:
+    """Whether the host name or address `address` is this host."""
+    try:
+        wanted = {str(info[4][0]) for info in socket.getaddrinfo(address, None)}
+    except OSError:
+        return False
+    own = {found.address.partition("%")[0] for all_of in psutil.net_if_addrs().values() for found in all_of}
+    return bool(wanted & own)

@@ -1,0 +1,27 @@
+"""The same small training as a command line, for every launcher."""
+
+from pathlib import Path
+
+from megalite.metrics.jsonl import read_metrics
+from tests.cluster.lab import BIN
+
+
+def train_command(run_dir: Path, store: Path, *overrides: str, steps: int = 10) -> list[str]:
+    """`megalite train` of a tiny model at tensor 2; with four ranks data 2."""
+    return [
+        str(BIN / "megalite"), "train", "run_name=tiny", f"run_dir={run_dir}", f"data.train={store}",
+        "data.sequence_length=32", "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4",
+        "engine=zero1", "engine.precision=fp32", "parallel.tensor=2", "optimizer.lr=1e-3", f"trainer.steps={steps}",
+        "trainer.log_every=1", "trainer.global_batch_size=8", "trainer.micro_batch_size=2", *overrides,
+    ]  # fmt: skip
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Of every step so far."""
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def files(run_dir: Path) -> set[str]:
+    """What a run leaves, but for what differs from start to start."""
+    names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    return {name for name in names if "slurm_" not in name and not name.startswith("job.")}

@@ -1,0 +1,85 @@
+"""`launch=slurm` on a real Slurm: two nodes, two CPU ranks each."""
+
+import subprocess
+
+import pytest
+
+from tests.cluster.runs import files, losses, train_command
+
+FOUR = ("launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "launch.start_timeout=120")
+
+
+@pytest.fixture(scope="module")
+def straight(store, tmp_path_factory):
+    """Ten steps of four ranks on one machine, with no launcher but ours."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    subprocess.run(train_command(run_dir, store, "launch.nproc_per_node=4"), check=True, capture_output=True)
+    return run_dir
+
+
+@pytest.mark.parametrize("tasks", ["node", pytest.param("rank", marks=pytest.mark.cluster)])
+def test_a_job_of_two_nodes_learns_what_one_machine_learns(tasks, cluster, store, straight, tmp_path):
+    """One torchrun a node, or one task a rank."""
+    run_dir = tmp_path / "run"
+    command = train_command(run_dir, store, *FOUR, "launch.wait=true", f"launch.slurm.tasks={tasks}")
+    done = cluster.user(*command, cwd=tmp_path)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log(run_dir)}"
+    assert losses(run_dir) == pytest.approx(losses(straight), abs=1e-6)
+    assert files(run_dir) == files(straight)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    job = (run_dir / "job.txt").read_text().strip()
+    assert cluster.ask("sacct", "--noheader", "--jobs", job, "--format=JobName%20").split()[0] == "tiny"
+    for host in cluster.nodes:
+        assert f"host {host}: " in log(run_dir) or tasks == "rank"
+        assert not cluster.hosts.processes(host, "megalite")
+
+
+def log(run_dir) -> str:
+    """What the jobs of a run have written."""
+    return "".join(path.read_text(errors="replace") for path in sorted(run_dir.glob("logs/slurm_*.log")))
+
+
+@pytest.mark.cluster
+def test_a_time_limit_that_comes_three_times_loses_nothing(cluster, store, tmp_path):
+    """The signal comes 60 s before the limit of 3 minutes; Slurm looks every half minute. Then a person ends the job."""
+    run_dir = tmp_path / "run"
+    size = ("model.hidden_size=128", "trainer.global_batch_size=32", "data.sequence_length=64", "schedule=constant")
+    limits = ("launch.slurm.time=3", "launch.slurm.signal_seconds=60", "logging.wandb.mode=offline")
+    command = train_command(run_dir, store, *FOUR, *size, *limits, steps=1_000_000)
+    done = cluster.user(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = (run_dir / "job.txt").read_text().strip()
+    stands = 0
+    for life in (1, 2, 3):
+        cluster.wait_for(job, 120, "RUNNING")
+        started = f"job {job}, start {life}: step {stands},"
+        wait_until(lambda: started in log(run_dir), 60, lambda: f"{started!r} is not in {log(run_dir)}")
+        back = f"job {job}: from step {stands} to "
+        wait_until(lambda: back in log(run_dir), 220, lambda: f"{back!r} is not in {log(run_dir)[-3000:]}")
+        after = int(log(run_dir).partition(back)[2].partition(";")[0])
+        assert after > stands, "no progress"
+        stands = after
+    cluster.wait_for(job, 120, "RUNNING")
+    wait_until(lambda: len(losses(run_dir)) > stands + 5, 120, lambda: log(run_dir)[-3000:])
+    cluster.ask("scancel", job)
+    wait_until(lambda: not cluster.hosts.processes("nodea", "megalite"), 60, "ranks live on")
+    state = read_state(run_dir)
+    assert state is not None
+    assert (state.state, state.exit_code) == ("preempted", 75), log(run_dir)[-3000:]
+    assert state.step == len(losses(run_dir)) > stands
+    ids = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1, "one run of wandb"
+    straight = tmp_path / "straight"
+    alone = ("launch.nproc_per_node=4", f"trainer.stop_after={state.step}", *size)
+    subprocess.run(train_command(straight, store, *alone, steps=1_000_000), check=True, capture_output=True)
+    assert losses(run_dir) == losses(straight)
+
+
+@pytest.mark.cluster
+def test_a_job_whose_lives_are_too_short_to_save_ends_with_a_word(cluster, store, tmp_path):
+    """The signal comes as soon as the job starts, before ranks have taken a step."""
+    run_dir = tmp_path / "run"
+    limits = ("launch.slurm.time=2", "launch.slurm.signal_seconds=119", "launch.wait=true")
+    done = cluster.user(*train_command(run_dir, store, *FOUR, *limits, steps=1_000_000), cwd=tmp_path)
+    assert done.returncode == 5, log(run_dir)
+    assert "the time limit came before a step was saved" in log(run_dir)
