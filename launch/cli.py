@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import megalite
-from megalite.config import schema, schema_data, schema_monitor
+from megalite.config import schema, schema_data, schema_monitor, schema_sweep
 from megalite.config.help import describe_groups, describe_keys
 from megalite.errors import EXIT_CONFIG, EXIT_OK, MegaliteError
 
@@ -104,7 +104,13 @@ COMMANDS = {
         "train a model; the same command again continues",
         "megalite train model=gpt2_124m data.train=stores/books/train/books parallel=tp2 launch.nproc_per_node=4",
         (schema.TrainConfig, "train"),
-        notes="--cfg prints the configuration, composed and checked, as YAML and ends.",
+        notes="--cfg prints the configuration, composed and checked, as YAML and ends.\n"
+        "-m trains once for every combination of the keys that have several values, or values of Optuna's choice:\n"
+        "  megalite train -m optimizer.lr=1e-4,3e-4 model=tiny,gpt2_124m data.train=stores/books/train/books\n"
+        "  megalite train -m sweep.trials=12 'optimizer.lr=tag(log,interval(1e-5,1e-2))' data.train=...\n"
+        "Values: a,b  range(1,9,2)  glob(llama*)  interval(0,1)  int(interval(1,8))  tag(log,...), as Hydra has them.\n"
+        "The same command skips what is finished and shows the table; with launch=slurm it submits one array.",
+        more=(schema_sweep.SweepKeys, "sweep"),
     ),
     "eval": Command(
         "commands:evaluate",

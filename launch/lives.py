@@ -15,16 +15,17 @@ FINAL = {
 }  # fmt: skip
 
 
-def run_lives(start: Callable[[], int], config: TrainConfig) -> int:
+def run_lives(start: Callable[[], int], config: TrainConfig, is_hopeless: Callable[[], bool] = lambda: False) -> int:
     """Call `start`, which runs ranks and returns their exit code, again whenever ranks died; returns the last code.
 
-    `launch.restarts` limits the lives in a row that bring no new checkpoint; 0: there is one life.
+    `launch.restarts` limits the lives in a row that bring no new checkpoint; 0: there is one life. `is_hopeless`: after
+    a life, that no other can succeed here.
     """
     run_dir, in_vain = Path(config.run_dir), 0
     while True:
         before = saved_step(run_dir)
         code = start()
-        if code in FINAL or config.launch.restarts == 0:
+        if code in FINAL or config.launch.restarts == 0 or is_hopeless():
             return code
         stands = saved_step(run_dir)
         in_vain = 0 if stands > before else in_vain + 1

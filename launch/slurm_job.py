@@ -3,24 +3,28 @@
 `python -m megalite.launch.slurm_job`, from the script of `launch=slurm`. Imports no torch.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megalite.config.frozen import sent_config
 from megalite.config.schema import TrainConfig
-from megalite.errors import EXIT_OK, EXIT_REQUEUE, ConfigError, MegaliteError, ResourceError
-from megalite.guard.run_state import read_state
+from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ConfigError, MegaliteError, ResourceError
+from megalite.guard.run_state import RunState, read_state
 from megalite.log import setup_logging
 
-from .lives import run_lives, saved_step
+from .lives import FINAL, run_lives, saved_step
 from .prepare import world_of
 from .slurm import command
 
 _POLL_SECONDS = 0.2
+_LAST_SECONDS = 10.0  # between TERM and KILL for an srun that waits for a lost node
+_STARTS_IN_VAIN = 10  # in a row, after which a job does not go back into the queue
 _MASTER_PORT = 20000  # for ranks that srun starts, plus a part of the job's number: jobs may share a node
 
 
@@ -41,18 +45,16 @@ def run_job(config: TrainConfig) -> int:
     """The steps of a job, and what is to become of it."""
     run_dir, job = Path(config.run_dir), os.environ["SLURM_JOB_ID"]
     began, stop = saved_step(run_dir), _Stop()
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     hosts = command("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    print(f"job {job}, start {int(restarts) + 1}: step {began}, on {', '.join(hosts)}", file=sys.stderr)
-    code = run_lives(lambda: _run_step(config, hosts, stop), config)
-    if code == EXIT_OK or not (code == EXIT_REQUEUE or stop.by_slurm):
-        return code
+    print(f"job {job}, start {restarts + 1}: step {began}, on {', '.join(hosts)}", file=sys.stderr)
+    _refuse_starts_in_vain(run_dir, job, restarts, began)
+    step = _Step(config, hosts, stop)
+    code = run_lives(step.run, config, step.is_hopeless)
+    if code == EXIT_OK or not config.launch.slurm.requeue or not (stop.by_slurm or step.is_hopeless()):
+        return code  # at its end; or a person asked the ranks to stop, and did not ask Slurm to go on
     stands = saved_step(run_dir)
-    if not config.launch.slurm.requeue:
-        return code
-    if not stop.by_slurm:
-        return code  # somebody asked the ranks to stop, and did not ask Slurm to go on
-    if stands <= began:
+    if stop.by_slurm and stands <= began:
         raise ResourceError(
             f"the time limit came before a step was saved: the job stood at step {began} when it started and stands "
             f"there still, and so would the next. Raise launch.slurm.time (found {config.launch.slurm.time}), or "
@@ -62,6 +64,16 @@ def run_job(config: TrainConfig) -> int:
     sys.stderr.flush()
     command("scontrol", "requeue", job)
     return EXIT_REQUEUE
+
+
+def _refuse_starts_in_vain(run_dir: Path, job: str, restarts: int, began: int) -> None:
+    """A job that comes back from the queue again and again, and stands where it stood, is ended with a word."""
+    path = run_dir / "logs" / f"starts_{job}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    starts = json.loads(path.read_text()) if restarts and path.is_file() else []
+    path.write_text(json.dumps([*starts, began]))
+    if len(starts) >= _STARTS_IN_VAIN and set(starts[-_STARTS_IN_VAIN:]) == {began}:
+        raise ResourceError(f"{_STARTS_IN_VAIN} starts of job {job} have brought no step: all began at {began}")
 
 
 class _Stop:
@@ -78,22 +90,63 @@ class _Stop:
         self.received.append(number)
 
 
-def _run_step(config: TrainConfig, hosts: list[str], stop: _Stop) -> int:
-    """Ranks on all nodes, as one step of Slurm; returns their exit code."""
-    environment = dict(os.environ) | _meeting_point(config, hosts)
-    before = read_state(Path(config.run_dir))
-    child = subprocess.Popen(srun_command(config), env=environment)
-    told = 0
-    while child.poll() is None:
-        if len(stop.received) > told:  # srun tells its tasks
-            told = len(stop.received)
-            child.send_signal(signal.SIGUSR1 if stop.by_slurm else signal.SIGTERM)
-        time.sleep(_POLL_SECONDS)
-    code = child.returncode if child.returncode >= 0 else 128 - child.returncode
-    state = read_state(Path(config.run_dir))
-    if code and state is not None and (before is None or state.started != before.started):
-        # srun says the largest code of all tasks; rank 0 wrote down what became of the run.
-        return state.exit_code or code
+class _Step:
+    """Ranks on all nodes, as one step of Slurm at a time."""
+
+    def __init__(self, config: TrainConfig, hosts: list[str], stop: _Stop):
+        self._config, self._hosts, self._stop = config, hosts, stop
+        self._run_dir = Path(config.run_dir)
+        self._lost_hosts = False
+
+    def is_hopeless(self) -> bool:
+        """Whether another step on the same nodes would fail as the last one did: a host of them is lost."""
+        return self._lost_hosts
+
+    def run(self) -> int:
+        """Start ranks and wait for all; returns their exit code."""
+        grace = self._config.launch.grace
+        environment = dict(os.environ) | _meeting_point(self._config, self._hosts)
+        before, told, gone = read_state(self._run_dir), 0, None
+        child = subprocess.Popen(srun_command(self._config), env=environment)
+        while child.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            if len(self._stop.received) > told:  # srun tells its tasks
+                told = len(self._stop.received)
+                child.send_signal(signal.SIGUSR1 if self._stop.by_slurm else signal.SIGTERM)
+            state = _life_since(before, self._run_dir)
+            gone = (gone or time.monotonic()) if state is not None and state.state != "running" else None
+            if gone is not None and time.monotonic() > gone + grace:
+                # Ranks have ended, and some node does not say so.
+                print(f"srun has waited for {grace:.0f} s since the ranks ended: ending it", file=sys.stderr)
+                self._lost_hosts = True
+                _end(child)
+        state = _life_since(before, self._run_dir)
+        if child.returncode and state is None:
+            self._lost_hosts = child.returncode not in FINAL  # no rank began: a node does not answer, or is unfit
+        return _code(child.returncode, state, bool(self._stop.received))
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """srun waits for nodes that do not answer as long as Slurm does; the second signal is for it alone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        child.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_LAST_SECONDS)
+            return
+
+
+def _life_since(before: RunState | None, run_dir: Path) -> RunState | None:
+    """The state of a life that began after `before` was read; None: none has begun."""
+    state = read_state(run_dir)
+    return None if state is None or (before is not None and state.started == before.started) else state
+
+
+def _code(code: int, state: RunState | None, was_asked: bool) -> int:
+    """srun says the largest code of all tasks, those that it ended too; rank 0 wrote down what became of the run."""
+    if code and state is not None and state.exit_code is not None:
+        return state.exit_code
+    if code < 0 or code > 128:  # a signal's
+        return code if code > 0 and was_asked else EXIT_FAILURE
     return code
 
 

@@ -26,7 +26,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], grace: flo
     ignored = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited, also by what the child executes
     child = subprocess.Popen(list(command), env=dict(environment))
     signal.signal(signal.SIGUSR1, ignored)
-    tree = _Tree(child.pid)
+    tree = _Tree(child)
     with _signals() as received:
         asked = deadline = alone = None
         while child.poll() is None:
@@ -53,8 +53,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], grace: flo
 class _Tree:
     """The processes below a child. What was seen once is known also when its parent has gone."""
 
-    def __init__(self, pid: int):
-        self._root = psutil.Process(pid)
+    def __init__(self, child: "subprocess.Popen[bytes]"):
+        self._child, self._root = child, psutil.Process(child.pid)
         self._known: set[psutil.Process] = set()
         self.has_worked = False
 
@@ -77,12 +77,13 @@ class _Tree:
     def end(self) -> None:
         """TERM and, a little later, KILL for all that is left."""
         self.look()
-        left = [process for process in [*self._known, self._root] if _is_alive(process)]
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in left:
-                with suppress(psutil.Error):
-                    process.send_signal(number)
-            _, left = psutil.wait_procs(left, timeout=_LAST_SECONDS)
+            self.send(number)
+            self._child.send_signal(number)  # nothing happens where it has ended
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(_LAST_SECONDS)
+            _, left = psutil.wait_procs(self._known, timeout=_LAST_SECONDS)
+            self._known = set(left)
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -3,12 +3,9 @@
 import os
 import shlex
 import sys
-from pathlib import Path
 
 from megalite.config.frozen import FROZEN, config_yaml
 from megalite.config.schema import TrainConfig
-from megalite.errors import EXIT_FAILURE
-from megalite.guard.run_state import read_state
 from megalite.network import addresses_of, is_own, own_address
 
 from .hosts import MeetingPoint, meet
@@ -35,21 +32,14 @@ def run_on_host(config: TrainConfig, nproc: int, point: MeetingPoint | None) -> 
     if point:
         own = host_address(config, point)
         meet(config, point, own)
-    before = read_state(Path(config.run_dir))
-    code = supervise(torchrun_command(config, nproc, point, own), environment, config.launch.grace)
-    if code != EXIT_FAILURE:
-        return code
-    # torchrun says 1 whatever its ranks said; rank 0 wrote it down.
-    state = read_state(Path(config.run_dir))
-    has_said = state is not None and state.exit_code and (before is None or state.started != before.started)
-    return state.exit_code if state and has_said and state.exit_code else code
+    return supervise(torchrun_command(config, nproc, point, own), environment, config.launch.grace)
 
 
 def torchrun_command(config: TrainConfig, nproc: int, point: MeetingPoint | None, own: str | None) -> list[str]:
     """The command line of one host, whose own address between hosts is `own`, where there are several."""
     launch = config.launch
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nnodes={launch.nodes}", f"--nproc-per-node={nproc}",
+        sys.executable, "-m", "megalite.launch.torchrun_agent", f"--nnodes={launch.nodes}", f"--nproc-per-node={nproc}",
         "--max-restarts=0", "--rdzv-backend=c10d",
     ]  # fmt: skip
     if point is None:

@@ -35,13 +35,17 @@ def setup_logging(rank: int = 0, log_file: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def errors_in_log() -> Iterator[None]:
-    """An exception that leaves the block is written to the log file too; on the terminal its launcher shows it."""
+def errors_in_log(expected: type[Exception]) -> Iterator[None]:
+    """An exception that leaves the block is written to the log file; on the terminal its launcher shows it.
+
+    One that is `expected` is no error.
+    """
     try:
         yield
     except Exception as error:
+        level = logging.INFO if isinstance(error, expected) else logging.ERROR
         for handler in logging.getLogger(_ROOT).handlers:
             if isinstance(handler, logging.FileHandler):
                 text = f"{type(error).__name__}: {error}"
-                handler.handle(logging.LogRecord(_ROOT, logging.ERROR, __file__, 0, text, None, None))
+                handler.handle(logging.LogRecord(_ROOT, level, __file__, 0, text, None, None))
         raise

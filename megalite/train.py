@@ -14,7 +14,7 @@ from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import GuardConfig, TrainConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.data.format import TokenStore
-from megalite.errors import ConfigError, DataError, MegaliteError, ResourceError
+from megalite.errors import ConfigError, DataError, MegaliteError, Preempted, ResourceError
 from megalite.guard.goodput import GOODPUT, GoodputClock, format_goodput, process_started
 from megalite.guard.heartbeat import Heartbeat
 from megalite.guard.lock import RunLock
@@ -69,7 +69,7 @@ def train(config: TrainConfig, place: Place) -> None:
         if place.rank == 0:
             stack.enter_context(contextlib.closing(RunLock(run_dir)))
             life = stack.enter_context(LifeRecord(run_dir, place.world_size))
-        stack.enter_context(errors_in_log())
+        stack.enter_context(errors_in_log(expected=Preempted))
         heartbeat = _start_heartbeat(config.guard, run_dir / "logs", place) if config.guard.watchdog else None
         if heartbeat:
             stack.enter_context(contextlib.closing(heartbeat))
@@ -86,6 +86,12 @@ def train(config: TrainConfig, place: Place) -> None:
         trainer = Trainer(config, build_mesh(config.parallel, device), vitals)
         try:
             trainer.run()
+        except Preempted as stop:
+            if life:
+                life.stands(trainer.counters.step, trainer.last_step, config.trainer.steps)
+                life.end(stop)
+            dist.barrier()  # a launcher kills all as soon as one has gone: by now rank 0 has closed what it had open
+            raise
         finally:
             if life:
                 life.stands(trainer.counters.step, trainer.last_step, config.trainer.steps)
@@ -107,8 +113,9 @@ def _start_heartbeat(config: GuardConfig, logs: Path, place: Place) -> Heartbeat
     # A rank that a person started from a shell may outlive it.
     has_launcher = place.init_method is not None
     heartbeat = Heartbeat(
-        logs, place.rank, place.local_rank, place.world_size, limits=limits, has_launcher=has_launcher
-    )
+        logs, place.rank, place.local_rank, place.world_size, limits=limits, has_launcher=has_launcher,
+        meeting=place.meeting,
+    )  # fmt: skip
     heartbeat.watch_collectives(last_collectives)
     return heartbeat
 

@@ -1,6 +1,7 @@
 """Reading and writing the fp32 weights and Adam moments inside DeepSpeed's ZeRO engines, one parameter at a time.
 
-Every function is collective over the data axis. Tensors are whole over it, and this rank's shard of the tensor axis.
+Unless it says otherwise a function is collective over the data axis. Tensors are whole over it, and this rank's shard
+of the tensor axis.
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from megalite.engine import Engine
+from megalite.layers.shard import shard_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -24,6 +26,31 @@ def get_tensor(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> torc
         value = utils.safe_get_full_optimizer_state(parameter, kind)
     assert value is not None, f"DeepSpeed holds no {kind} for a parameter of shape {tuple(parameter.shape)}"
     return value
+
+
+def get_fragment(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> tuple[int, torch.Tensor]:
+    """What this rank is to save of `get_tensor`'s: where in that, flattened, it begins, and itself, flat, uncopied.
+
+    The fragments of all data ranks are the whole: those by which ZeRO shards, and without it a share as large for each.
+    What every tensor rank holds the first one saves. Not collective.
+    """
+    replica = engine.mesh.replica
+    if shard_of(parameter).dim is None and engine.mesh.tensor.rank > 0:
+        return 0, torch.empty(0)
+    if engine.zero_stage == 0:
+        whole = get_tensor(engine, parameter, kind).detach().reshape(-1)
+        start, end = (whole.numel() * rank // replica.size for rank in (replica.rank, replica.rank + 1))
+        return start, whole[start:end]
+    state = None if kind == "weight" else kind
+    if engine.zero_stage == 3:
+        # As `safe_get_local_fp32_param`, which takes what is offloaded to the device first. The last one is padded.
+        piece, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, True, state)
+        start = replica.rank * piece.numel()
+        return start, piece.detach()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:  # this rank holds nothing of it
+        return 0, torch.empty(0)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(state).detach()
 
 
 def set_tensor(engine: Engine, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:

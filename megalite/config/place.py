@@ -19,7 +19,13 @@ class Place:
     local_world_size: int = 1  # ranks on this machine
     init_method: str | None = None  # None: a world of one that needs no rendezvous
     address: str | None = None  # of the host where ranks meet, when that may be another one
+    port: int = 0  # there
     started: float | None = None  # when the command was, in seconds since 1970; None: with this process
+
+    @property
+    def meeting(self) -> str:
+        """HOST:PORT of where ranks meet; empty where it is a file, or nowhere."""
+        return f"{self.address}:{self.port}" if self.address else ""
 
 
 def place_from_environment(environment: Mapping[str, str] | None = None) -> Place:
@@ -36,7 +42,7 @@ def place_from_environment(environment: Mapping[str, str] | None = None) -> Plac
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(f"the environment sets {', '.join(found)} but not {', '.join(missing)}: a launcher sets all")
-    rank, local_rank, world_size = (_number(environment, name) for name in names)
+    rank, local_rank, world_size, port = (_number(environment, name) for name in (*names, "MASTER_PORT"))
     if not 0 <= local_rank <= rank < world_size:
         raise ConfigError(
             f"the environment sets LOCAL_RANK={local_rank}, RANK={rank}, WORLD_SIZE={world_size}; a launcher sets "
@@ -44,7 +50,7 @@ def place_from_environment(environment: Mapping[str, str] | None = None) -> Plac
         )
     # The deepspeed launcher does not tell; on one machine, which is where it matters (CPU threads), all are local.
     local_world_size = _number(environment, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else world_size
-    return Place(rank, local_rank, world_size, local_world_size, "env://", environment["MASTER_ADDR"])
+    return Place(rank, local_rank, world_size, local_world_size, "env://", environment["MASTER_ADDR"], port)
 
 
 def _place_of_slurm(environment: Mapping[str, str]) -> Place:
@@ -62,6 +68,7 @@ def _place_of_slurm(environment: Mapping[str, str]) -> Place:
         on_nodes[_number(environment, "SLURM_NODEID")],
         f"tcp://{address}:{port}",
         address,
+        port,
     )
 
 

@@ -49,11 +49,13 @@ class Heartbeat:
         limits: Limits | None = None,
         has_launcher: bool = True,
         machine: str | None = None,
+        meeting: str = "",
     ):
         """Publish a first record, and start the thread that publishes the next ones.
 
         `has_launcher`: this rank must not outlive the process that started it (not so for one started from a shell,
-        which may be closed). `machine`: names the machine; for tests of several on one. Raises `ResourceError` when
+        which may be closed). `machine`: names the machine; for tests of several on one. `meeting`: HOST:PORT where
+        ranks of several hosts met. Raises `ResourceError` when
         nothing can be written under `logs`.
         """
         limits = limits or Limits()
@@ -79,7 +81,7 @@ class Heartbeat:
             raise ResourceError(f"run_dir: no heartbeat can be written in {folder}: {error}") from None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
-        settings = MonitorSettings(str(logs), rank, world_size, self._identity["machine"], limits)
+        settings = MonitorSettings(str(logs), rank, world_size, self._identity["machine"], limits, meeting)
         self._monitor = _start_monitor(settings) if local_rank == 0 else None
 
     def watch_collectives(self, collectives: Collectives) -> None:

@@ -17,11 +17,13 @@ from pathlib import Path
 from megalite.errors import EXIT_OK, EXIT_RESOURCE
 from megalite.guard.observer import VERDICT_FILE, MonitorSettings, Observer, read_json, read_names, state_of
 from megalite.guard.proc import GONE, kill, kill_main_thread, read_state
+from megalite.guard.reach import describe_cut
 from megalite.guard.report import Sighting, build_report, describe_build_locks, shorten
 from megalite.guard.stall import Limits, Record, judge, name_ranks
 
 CALL_FILE = "call.json"  # the tokens of the ranks whose stacks and states the judging monitor asks for
 
+_NETWORK = " network"  # behind a rank's token in an answer: what is wrong with that of its machine
 _STACKS_SECONDS = 2.0  # for ranks to write their stacks
 _EXIT_SECONDS = 2.0  # for ranks to end by themselves before they are killed
 _D_SECONDS = 0.5  # any process waits for a disk now and then, but not for long
@@ -67,6 +69,7 @@ class Monitor:
                 states = _states(working)
                 self._collect_stacks(working, states)
                 told = {own[rank].token: state for rank, state in states.items()}
+                told |= {own[rank].token + _NETWORK: text for rank, text in self._cut(own).items()}
                 _write(self._answer_file(self.settings.rank), told)
             self._sleep(observer.period if self.settings.rank in working else min(observer.period, _HURRY_SECONDS))
 
@@ -94,7 +97,9 @@ class Monitor:
         # Other monitors also know ranks that fell silent before this one could tell that they lived.
         records |= {rank: stranger for rank, stranger in observer.strangers.items() if stranger.token in told}
         states |= {rank: told[record.token] for rank, record in records.items() if record.token in told}
-        verdict = judge(records, states, silent)
+        cut = self._cut(own)
+        cut |= {rank: told[key] for rank, record in records.items() if (key := record.token + _NETWORK) in told}
+        verdict = judge(records, states, silent, cut)
         seen = {
             rank: Sighting(record, states.get(rank), observer.quiet(rank), self._stacks(rank, sizes[rank]))
             for rank, record in sorted(records.items())
@@ -103,6 +108,11 @@ class Monitor:
         path = _save(logs, "\n\n".join(parts) + "\n")
         _say(shorten(parts, len(seen.keys() & set(verdict.ranks)), path))
         _write(self._folder / VERDICT_FILE, tokens)
+
+    def _cut(self, own: Mapping[int, Record]) -> dict[int, str]:
+        """What is wrong with the network of this machine, for each of its ranks; nothing where it is whole."""
+        text = describe_cut(self.settings.meeting)
+        return dict.fromkeys(own, text) if text else {}
 
     def _collect_stacks(self, working: Mapping[int, Record], states: Mapping[int, str]) -> None:
         """Have the `working` ranks, of this machine, write what their threads are at."""

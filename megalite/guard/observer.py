@@ -27,6 +27,7 @@ class MonitorSettings:
     world_size: int
     machine: str
     limits: Limits
+    meeting: str = ""  # HOST:PORT where ranks of several hosts met
 
 
 class Observer:

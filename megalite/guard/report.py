@@ -3,7 +3,7 @@
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,8 @@ class Sighting:
 
 def build_report(verdict: Verdict, seen: Mapping[int, Sighting], quiet: float, limit: float, section: str) -> list[str]:
     """The report's parts: the diagnosis; a line for each rank; each one's stacks. The blamed ones come first."""
-    head = [f"stall: {name_ranks(verdict.ranks)} {'are' if verdict.ranks[1:] else 'is'} {verdict.reason}"]
+    blamed = f"{name_ranks(verdict.ranks)}{_name_hosts(verdict.ranks, seen)}"
+    head = [f"stall: {blamed} {'are' if verdict.ranks[1:] else 'is'} {verdict.reason}"]
     head.append(f"no rank has moved for {quiet:.0f} s (limit of section '{section}': {limit:.0f} s)")
     unseen = set(range(next(iter(seen.values())).record.world_size)) - seen.keys() - set(verdict.ranks)
     if unseen:
@@ -42,6 +43,13 @@ def build_report(verdict: Verdict, seen: Mapping[int, Sighting], quiet: float, l
     lines = [("> " if rank in verdict.ranks else "  ") + _describe(seen[rank]) for rank in order]
     stacks = [f"Python stacks of rank {rank}:\n{_tidy(seen[rank].stacks) or '(it wrote none)'}" for rank in order]
     return ["\n".join(head), "\n".join(lines), *stacks]
+
+
+def _name_hosts(ranks: Iterable[int], seen: Mapping[int, Sighting]) -> str:
+    """Where `ranks` are, where there is more than one host."""
+    hosts = sorted({seen[rank].record.host for rank in ranks if rank in seen})
+    several = len({sighting.record.host for sighting in seen.values()}) > 1
+    return f" on {', '.join(hosts[:_TERMINAL_RANKS])}" if several and hosts else ""
 
 
 def shorten(parts: list[str], blamed: int, path: Path | None) -> str:

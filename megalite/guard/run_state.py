@@ -56,6 +56,10 @@ class LifeRecord:
         self._ends_as = "finished" if last_step == steps else "stopped"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        """The life ends with `error`, or well."""
         if error is None:
             self._write(state=self._ends_as, exit_code=EXIT_OK)
         elif isinstance(error, Preempted):

@@ -122,10 +122,13 @@ class Verdict:
     reason: str
 
 
-def judge(records: Mapping[int, Record], states: Mapping[int, str], silent: Collection[int]) -> Verdict:
+def judge(
+    records: Mapping[int, Record], states: Mapping[int, str], silent: Collection[int], cut: Mapping[int, str]
+) -> Verdict:
     """Which ranks hold the others up, the surest sign first.
 
-    `states`: the process state of each rank as far as known; `silent`: ranks that publish no more.
+    `states`: the process state of each rank as far as known; `silent`: ranks that publish no more; `cut`: what is wrong
+    with the network of ranks' hosts.
     """
     working = {rank: record for rank, record in records.items() if record.phase != "end"}
     mute = tuple(rank for rank in working if rank in silent)
@@ -133,6 +136,8 @@ def judge(records: Mapping[int, Record], states: Mapping[int, str], silent: Coll
         Verdict(tuple(rank for rank in working if states.get(rank) in kinds), reason)
         for reason, kinds in _STATES.items()
     ]
+    severed = tuple(rank for rank in working if rank in cut)
+    signs.append(Verdict(severed, cut[severed[0]] if severed else ""))
     # Where nobody publishes it is the file system that takes no records, and tells nothing about who is late.
     if len(working) == 1 or len(mute) < len(working):
         local = tuple(rank for rank in mute if rank in states)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megalite.metrics.jsonl import read_metrics
-from tests.cluster.lab import BIN
+from tests.cluster.lab import BIN, wait_until
 
 
 def train_command(run_dir: Path, store: Path, *overrides: str, steps: int = 10) -> list[str]:
@@ -25,3 +25,14 @@ def files(run_dir: Path) -> set[str]:
     """What a run leaves, but for what differs from start to start."""
     names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
     return {name for name in names if "slurm_" not in name and not name.startswith("job.")}
+
+
+def await_log(run_dir: Path, text: str, seconds: float) -> str:
+    """Until the jobs of a run have written `text`, which is returned."""
+    wait_until(lambda: text in log(run_dir), seconds, lambda: f"{text!r} is not in {log(run_dir)[-3000:]}")
+    return text
+
+
+def log(run_dir: Path) -> str:
+    """What the jobs of a run have written."""
+    return "".join(path.read_text(errors="replace") for path in sorted(run_dir.glob("logs/slurm_*.log")))

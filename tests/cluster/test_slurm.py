@@ -4,7 +4,9 @@ import subprocess
 
 import pytest
 
-from tests.cluster.runs import files, losses, train_command
+from megalite.guard.run_state import read_state
+from tests.cluster.lab import wait_until
+from tests.cluster.runs import await_log, files, log, losses, train_command
 
 FOUR = ("launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "launch.start_timeout=120")
 
@@ -34,14 +36,9 @@ def test_a_job_of_two_nodes_learns_what_one_machine_learns(tasks, cluster, store
         assert not cluster.hosts.processes(host, "megalite")
 
 
-def log(run_dir) -> str:
-    """What the jobs of a run have written."""
-    return "".join(path.read_text(errors="replace") for path in sorted(run_dir.glob("logs/slurm_*.log")))
-
-
 @pytest.mark.cluster
 def test_a_time_limit_that_comes_three_times_loses_nothing(cluster, store, tmp_path):
-    """The signal comes 60 s before the limit of 3 minutes; Slurm looks every half minute. Then a person ends the job."""
+    """The signal comes 60 s before the limit of 3 minutes; Slurm looks every half minute. A person ends it."""
     run_dir = tmp_path / "run"
     size = ("model.hidden_size=128", "trainer.global_batch_size=32", "data.sequence_length=64", "schedule=constant")
     limits = ("launch.slurm.time=3", "launch.slurm.signal_seconds=60", "logging.wandb.mode=offline")
@@ -52,10 +49,8 @@ def test_a_time_limit_that_comes_three_times_loses_nothing(cluster, store, tmp_p
     stands = 0
     for life in (1, 2, 3):
         cluster.wait_for(job, 120, "RUNNING")
-        started = f"job {job}, start {life}: step {stands},"
-        wait_until(lambda: started in log(run_dir), 60, lambda: f"{started!r} is not in {log(run_dir)}")
-        back = f"job {job}: from step {stands} to "
-        wait_until(lambda: back in log(run_dir), 220, lambda: f"{back!r} is not in {log(run_dir)[-3000:]}")
+        await_log(run_dir, f"job {job}, start {life}: step {stands},", 60)
+        back = await_log(run_dir, f"job {job}: from step {stands} to ", 220)
         after = int(log(run_dir).partition(back)[2].partition(";")[0])
         assert after > stands, "no progress"
         stands = after

@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any
 
-from megalite.config import schema, schema_data, schema_monitor
+from megalite.config import schema, schema_data, schema_monitor, schema_sweep
 
 # Command's YAML in conf/ -> its dataclass, and the overrides without which it does not load.
 PRIMARY = {
@@ -23,6 +23,7 @@ PRIMARY = {
     "generate": (schema.GenerateConfig, ["run_dir=run"]),
     "report": (schema.ReportConfig, ["run_dir=run"]),
     "resume_check": (schema.ResumeCheckKeys, []),
+    "sweep": (schema_sweep.SweepKeys, []),
     "doctor": (schema.DoctorConfig, []),
     "jobs": (schema_monitor.JobsConfig, []),
     "logs": (schema_monitor.LogsConfig, ["run_dir=run"]),

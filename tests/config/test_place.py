@@ -18,9 +18,9 @@ def test_without_a_launcher():
 
 
 def test_under_torchrun_and_under_deepspeed():
-    assert place_from_environment(TORCHRUN) == Place(3, 1, 4, 2, "env://", "localhost")
+    assert place_from_environment(TORCHRUN) == Place(3, 1, 4, 2, "env://", "localhost", 29500)
     without = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
-    assert place_from_environment(without) == Place(3, 1, 4, 4, "env://", "localhost")
+    assert place_from_environment(without) == Place(3, 1, 4, 4, "env://", "localhost", 29500)
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import socket
 
 import pytest
 
 from megalite.guard.observer import MonitorSettings, Observer
 from megalite.guard.proc import GONE, read_stat
+from megalite.guard.reach import describe_cut
 from megalite.guard.stall import Limits, Patience, Record, judge, name_ranks, parse_record
 
 ANYONE = Record(
@@ -116,9 +118,31 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_judge_blames_the_right_rank(name):
     records, states, silent, blamed, reason = CASES[name]
-    verdict = judge(records, states, silent)
+    verdict = judge(records, states, silent, {})
     assert verdict.ranks == blamed
     assert reason in verdict.reason
+
+
+def test_judge_blames_the_ranks_of_a_host_that_is_cut_off_unless_a_process_is_gone():
+    records = ranks(collectives(world=ALL_REDUCE), collectives(world=ALL_REDUCE), {}, {})
+    cut = {2: "cut off from node1:29400", 3: "cut off from node1:29400"}
+    verdict = judge(records, {}, (), cut)
+    assert (verdict.ranks, verdict.reason) == ((2, 3), "cut off from node1:29400")
+    assert judge(records, {1: GONE}, (), cut).ranks == (1,)
+
+
+def test_a_host_is_cut_off_when_nobody_answers_and_not_when_somebody_says_no(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert describe_cut(f"127.0.0.1:{port}") == ""
+    assert describe_cut(f"127.0.0.1:{port}") == "", "refused"
+    assert describe_cut("") == ""
+
+    def unreachable(*_, **__):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    assert describe_cut("node1:29400") == "cut off from node1:29400, where ranks met: timed out"
 
 
 def test_a_rank_that_has_published_nothing_since_its_start_does_not_keep_the_job_there():

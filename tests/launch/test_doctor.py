@@ -13,7 +13,9 @@ import torch
 from megalite.config.schema import DoctorConfig
 from megalite.errors import EXIT_RESOURCE, ConfigError
 from megalite.launch import doctor_checks as checks
+from megalite.launch import node_checks as nodes
 from megalite.launch.doctor import doctor
+from megalite.node_checks import Bandwidth
 
 
 def only(found, name=None):
@@ -222,3 +224,126 @@ def test_the_command_shows_presence_but_no_value_of_secrets_and_fails_with_its_o
 def test_an_unknown_key_is_a_config_error():
     with pytest.raises(ConfigError, match="Did you mean port"):
         doctor(["prot=1"])
+
+
+def test_interfaces(monkeypatch, config):
+    addresses = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.5", "fe80::1%eth0"], "down0": ["10.0.0.6"]}
+    entries = {
+        name: [SimpleNamespace(address=a, family=socket.AF_INET6 if ":" in a else socket.AF_INET) for a in found]
+        for name, found in addresses.items()
+    }
+    stats = {name: SimpleNamespace(isup=name != "down0", speed=25000) for name in addresses}
+    monkeypatch.setattr(nodes.psutil, "net_if_addrs", lambda: entries)
+    monkeypatch.setattr(nodes.psutil, "net_if_stats", lambda: stats)
+    check = only(nodes.check_interfaces(config))
+    assert (check.status, check.found) == ("ok", "eth0 10.0.0.5 (25 Gbit/s)")
+    stats["eth0"].isup = False
+    assert only(nodes.check_interfaces(config)).status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("resolves", "own", "status", "told"),
+    [
+        (["10.0.0.5"], ["10.0.0.5"], "ok", "10.0.0.5"),
+        (["127.0.1.1"], ["10.0.0.5"], "warn", "the loopback, where no other host comes"),
+        (["127.0.1.1"], [], "ok", "127.0.1.1"),  # there is nothing else
+        (["10.9.9.9"], ["10.0.0.5"], "warn", "no address of this host"),
+        (None, ["10.0.0.5"], "warn", "does not resolve: Name or service not known"),
+    ],
+)
+def test_what_the_hosts_name_stands_for(monkeypatch, config, resolves, own, status, told):
+    def getaddrinfo(name, port):
+        if resolves is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(0, 0, 0, "", (address, 0)) for address in resolves]
+
+    monkeypatch.setattr(nodes.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(nodes, "interface_addresses", lambda: {"eth0": own} if own else {})
+    check = only(nodes.check_host_name(config))
+    assert (check.status, told in check.found) == (status, True), check
+    if status == "warn" and resolves == ["127.0.1.1"]:
+        assert check.fix.startswith("put 10.0.0.5 beside")
+
+
+@pytest.mark.parametrize(("state", "status"), [(0, "ok"), (5, "warn"), (-1, "ok")])
+def test_clock(monkeypatch, config, state, status):
+    assert nodes._clock_state() in range(-1, 6), "the kernel's own answer"
+    monkeypatch.setattr(nodes, "_clock_state", lambda: state)
+    assert only(nodes.check_clock(config)).status == status
+
+
+def test_variables_are_shown_with_what_they_mean(monkeypatch, config):
+    for name in list(os.environ):
+        if name.startswith(("NCCL_", "GLOO_", "TORCH_", "CUDA_LAUNCH")):
+            monkeypatch.delenv(name)
+    assert only(nodes.check_variables(config)).found.startswith("none of")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    monkeypatch.setenv("NCCL_OF_TOMORROW", "7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    found = {check.name: check for check in nodes.check_variables(config)}
+    assert (found["NCCL_DEBUG"].status, found["NCCL_DEBUG"].found) == ("ok", "INFO: how much NCCL prints")
+    assert (found["NCCL_OF_TOMORROW"].status, found["NCCL_OF_TOMORROW"].found) == ("ok", "7")
+    assert (found["NCCL_P2P_DISABLE"].status, found["GLOO_SOCKET_IFNAME"].status) == ("warn", "warn")
+    assert "there is no ib7 here" in found["GLOO_SOCKET_IFNAME"].found
+    for value in ("lo", "=lo", "^ib7", "l,lo"):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", value)
+        assert only(nodes.check_variables(config), "GLOO_SOCKET_IFNAME").status == "ok", value
+
+
+def test_infiniband_and_its_locked_memory(monkeypatch, config, tmp_path):
+    monkeypatch.setattr(nodes, "_INFINIBAND", tmp_path)
+    assert not list(nodes.check_infiniband(config))
+    for name, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
+        port = tmp_path / name / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(state + "\n")
+        (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+    limit = 64 << 10
+    monkeypatch.setattr(nodes.resource, "getrlimit", lambda kind: (limit, limit))
+    found = list(nodes.check_infiniband(config))
+    assert [(check.name, check.status) for check in found] == [
+        ("InfiniBand", "ok"),
+        ("InfiniBand", "warn"),
+        ("locked memory", "warn"),
+    ]
+    assert "mlx5_0 port 1: 400 Gb/sec" in found[0].found
+    assert "64 KiB" in found[2].found
+    limit = nodes.resource.RLIM_INFINITY
+    assert only(nodes.check_infiniband(config), "locked memory").status == "ok"
+
+
+def test_the_disk_of_run_dir_renames_and_locks(monkeypatch, tmp_path):
+    config = DoctorConfig(run_dir=str(tmp_path / "not" / "yet"))
+    assert [(check.name, check.status) for check in nodes.check_run_dir(config)] == [("rename", "ok"), ("lock", "ok")]
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes.fcntl, "flock", lambda file, kind: None)  # as if: the other process gets it too
+        check = only(nodes.check_run_dir(config), "lock")
+        assert (check.status, "a second process gets a lock" in check.found) == ("fail", True)
+
+    def refuse(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes.fcntl, "flock", refuse)
+        check = only(nodes.check_run_dir(config), "lock")
+        assert (check.status, "Function not implemented" in check.found) == ("fail", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes.Path, "rename", refuse)
+        assert only(nodes.check_run_dir(config)).status == "fail"
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_all_reduce_is_measured_only_when_asked_for():
+    assert not list(nodes.check_all_reduce(DoctorConfig()))
+    check = only(nodes.check_all_reduce(DoctorConfig(nproc_per_node=2, size_mib=1)))
+    assert check.status == "ok"
+    assert check.found.startswith("2 ranks over gloo, 1 MiB in ")
+
+
+def test_the_bandwidth_of_the_bus():
+    bandwidth = Bandwidth(num_ranks=4, backend="nccl", num_bytes=8 * 10**9, seconds=2.0)
+    assert (bandwidth.algorithm, bandwidth.bus) == (4e9, 6e9)  # 2 (4 - 1) / 4 of it
+    assert str(bandwidth).endswith("4 GB/s, bus 6 GB/s")

@@ -1,0 +1,123 @@
+"""Hosts meet: here threads of one process, on the loopback; in tests/cluster on networks of their own."""
+
+import dataclasses
+import socket
+import threading
+import time
+
+import pytest
+
+from megalite.errors import ResourceError
+from megalite.launch import hosts as room
+from megalite.launch.hosts import MeetingPoint, describe_host, meet
+from tests.runs import tiny_config, write_store
+
+
+@pytest.fixture
+def point() -> MeetingPoint:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return MeetingPoint("127.0.0.1", server.getsockname()[1] - 1, ("one", "two"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    launch = {"name": "torchrun", "nodes": 2, "address": "one", "start_timeout": 5.0}
+    return tiny_config(tmp_path / "run", write_store(tmp_path / "store"), launch=launch)
+
+
+def gather(config, point, others=(), **changes):
+    """The first host meets `others`, each another host with those changes; returns what each came to."""
+    outcomes = {}
+    own = dataclasses.replace(describe_host(config, "127.0.0.1"), name="one")
+    deadline = time.monotonic() + config.launch.start_timeout
+
+    def report(name, more):
+        other = dataclasses.replace(own, name=name, **more)
+        outcomes[name] = room._report(config, point, other, deadline)[1]
+
+    threads = [threading.Thread(target=report, args=item) for item in others]
+    for thread in threads:
+        thread.start()
+    found, problems = room._gather(config, point, own, deadline)
+    for thread in threads:
+        thread.join()
+    assert all(told == problems for told in outcomes.values()), "every host hears the same"
+    return [host.name for host in found], problems
+
+
+def test_hosts_that_are_alike_may_begin(config, point, tmp_path):
+    names, problems = gather(config, point, [("two", {})])
+    assert (names, problems) == (["one", "two"], [])
+    assert not list((tmp_path / "run").iterdir()), "the mark is gone"
+
+
+def test_a_host_that_does_not_come_is_named(config, point):
+    launch = dataclasses.replace(config.launch, start_timeout=0.5)
+    _, [problem] = gather(dataclasses.replace(config, launch=launch), point)
+    assert problem == "1 of 2 hosts came within launch.start_timeout=0 s: one; missing: two"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"versions": {"python": "3.9"}}, "two has python 3.9, one has"),
+        ({"config": "another"}, "two was started with another configuration than one"),
+        ({"stores": {}}, "on two it is not what it is on one"),
+    ],
+)
+def test_a_host_that_is_unfit_is_named(config, point, change, message):
+    _, problems = gather(config, point, [("two", change)])
+    assert any(message in problem for problem in problems), problems
+
+
+def test_a_clock_and_a_directory_of_its_own(config, point, monkeypatch):
+    monkeypatch.setattr(room, "_CLOCK_SECONDS", -1.0)
+    monkeypatch.setattr(room.Path, "exists", lambda self: not self.name.startswith(".hosts-"))
+    _, problems = gather(config, point, [("two", {})])
+    assert "the clock of two is" in problems[0]
+    assert "is not the same directory on two as on one" in problems[1]
+
+
+def test_the_first_host_is_named_where_nobody_answers(config, point):
+    launch = dataclasses.replace(config.launch, start_timeout=0.5)
+    own = describe_host(config, "127.0.0.1")
+    with pytest.raises(
+        ResourceError, match=r"cannot reach the first host, .*within launch.start_timeout=0"
+    ):
+        room._report(dataclasses.replace(config, launch=launch), point, own, time.monotonic() + 0.5)
+
+
+def test_strangers_at_the_port_do_not_disturb(config, point):
+    """A port scanner, a word of no JSON, and another run's host."""
+
+    def disturb():
+        for words in (
+            b"",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b'{"config": "another run", "host": {}, "sees": true}\n',
+            b"[]\n",
+        ):
+            with socket.create_connection(("127.0.0.1", point.port + 1), timeout=5) as connection:
+                connection.sendall(words)
+
+    thread = threading.Timer(0.5, disturb)
+    thread.start()
+    threading.Timer(2.0, lambda: None).start()
+    late = threading.Event()
+
+    def report():
+        late.wait(2.0)
+        other = dataclasses.replace(describe_host(config, "127.0.0.1"), name="two")
+        room._report(config, point, other, time.monotonic() + 20)
+
+    other = threading.Thread(target=report)
+    other.start()
+    own = dataclasses.replace(describe_host(config, "127.0.0.1"), name="one")
+    found, problems = room._gather(config, point, own, time.monotonic() + 20)
+    other.join()
+    assert ([host.name for host in found], problems) == (["one", "two"], [])
+
+
+def test_alone_there_is_nobody_to_meet(config, point):
+    launch = dataclasses.replace(config.launch, nodes=1)
+    assert len(meet(dataclasses.replace(config, launch=launch), point, "127.0.0.1")) == 1

@@ -1,0 +1,136 @@
+"""What is handed to Slurm: the script, and what the commands of Slurm are asked; a real one is in tests/cluster."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megalite.config.compose import compose_train
+from megalite.config.frozen import FROZEN, sent_config
+from megalite.config.validate import resolve_auto, validate_train
+from megalite.config.validate_launch import time_limit
+from megalite.errors import ConfigError, ResourceError
+from megalite.launch.prepare import Training, world_of
+from megalite.launch.slurm import command, script_of
+from megalite.launch.slurm_job import srun_command
+from megalite.launch.training import LAUNCHERS
+
+CONF = Path(__file__).parents[2] / "conf/launch"
+TINY = ("data.train=a store", "run_name=tiny", "run_dir=outputs/a run", "model.vocab_size=300",
+        "trainer.global_batch_size=16", "trainer.micro_batch_size=1")  # fmt: skip
+
+
+def training(*overrides: str) -> Training:
+    config = compose_train([*TINY, *overrides])
+    world_size, device = world_of(config.launch)
+    validate_train(config, world_size, device)
+    return Training(resolve_auto(config, device), world_size, device)
+
+
+def options(script: str) -> list[str]:
+    """What `#SBATCH` lines ask for, as sbatch reads them."""
+    return [word for line in script.splitlines() if line.startswith("#SBATCH ") for word in shlex.split(line[8:])]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_launcher_composes_and_is_described(name):
+    found = training(f"launch={name}")
+    assert found.config.launch.name == name
+    assert set(LAUNCHERS) == {path.stem for path in CONF.glob("*.yaml")}
+    assert LAUNCHERS[name][0](found)
+
+
+def test_a_script_asks_for_what_the_configuration_says():
+    asked = (
+        "launch=slurm", "launch.nodes=2", "launch.slurm.gpus_per_node=4", "launch.slurm.cpus_per_task=16",
+        "launch.slurm.partition=gpu", "launch.slurm.account=lab", "launch.slurm.qos=high", "launch.slurm.time=1-12",
+        "launch.slurm.constraint=\"a100&ib\"", "launch.slurm.memory=64G", "launch.slurm.exclusive=true",
+        "launch.slurm.after=[17,18]", "launch.slurm.options=['--reservation=night']", "launch.slurm.modules=[cuda/13]",
+        "launch.slurm.setup=['source env/bin/activate']", "launch.environment={NCCL_DEBUG:INFO}",
+    )  # fmt: skip
+    found = training(*asked)
+    assert (found.world_size, found.device, found.config.engine.precision) == (8, "cuda", "bf16")
+    script = script_of(found)
+    assert options(script) == [
+        "--job-name=tiny", "--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--account=lab", "--qos=high",
+        "--constraint=a100&ib", "--time=1-12", "--gpus-per-node=4", "--cpus-per-task=16", "--mem=64G", "--exclusive",
+        "--dependency=afterok:17:18", "--kill-on-invalid-dep=yes",
+        f"--output={Path('outputs/a run').absolute()}/logs/slurm_%j.log", "--open-mode=append", "--requeue",
+        "--signal=B:USR1@120", "--reservation=night",
+    ]  # fmt: skip
+    lines = script.splitlines()
+    order = [lines.index(line) for line in ("module load cuda/13", "source env/bin/activate", "export NCCL_DEBUG=INFO")]
+    assert order == sorted(order)
+
+
+def test_one_task_a_rank_in_a_container():
+    found = training(
+        "launch=slurm", "launch.nproc_per_node=4", "launch.slurm.tasks=rank", "launch.slurm.container=lab/megalite:1",
+        "launch.slurm.mounts=['/data:/data','/scratch:/scratch']", "launch.slurm.cpus_per_task=2",
+    )  # fmt: skip
+    assert "--ntasks-per-node=4" in options(script_of(found))
+    words = srun_command(found.config)
+    assert words[-3:] == ["python", "-m", "megalite.train"], "the container's own Python"
+    asked = {"--ntasks=4", "--cpus-per-task=2", "--container-image=lab/megalite:1"}
+    assert asked | {"--container-mounts=/data:/data,/scratch:/scratch"} <= set(words)
+
+
+def test_the_configuration_travels_in_the_script_and_arrives_as_it_was(tmp_path):
+    """Bash runs all of it but for the driver at its end; whatever a value holds, it is text."""
+    config = training("launch=slurm", "launch.nproc_per_node=2", "data.train='a $HOME `id` \"store\" EOF'")
+    script = script_of(config)
+    lines = script.splitlines()
+    assert lines[-1].endswith("-m megalite.launch.slurm_job")
+    probe = tmp_path / "probe.sh"
+    probe.write_text("\n".join([*lines[:-1], f'printf %s "${FROZEN}"']))
+    text = subprocess.run(["bash", probe], capture_output=True, text=True, check=True).stdout
+    assert sent_config({FROZEN: text}) == config.config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("launch.nodes=2", r"launch.nodes: found 2, which launch=local has no use for; it is for launch=torchrun"),
+        ("launch.slurm.partition=gpu", r"launch.slurm: found values, which launch=local has no use for"),
+        ("launch.wait=true", "launch.wait: found True, which launch=local"),
+        ("launch.nproc_per_node=0", "launch.nproc_per_node: found 0, must be at least 1"),
+        ("launch.restarts=-1", "launch.restarts: found -1"),
+        ("launch.grace=0", "launch.grace: found 0.0, must be above 0 seconds"),
+        ("launch.environment={WANDB_API_KEY:x}", "launch.environment.WANDB_API_KEY: would be written to the run dir"),
+        ("launch.environment={a-b:x}", "'a-b' is no name of a variable"),
+        ("launch=slurm launch.slurm.time=soon", "launch.slurm.time: found 'soon', expected minutes"),
+        ("launch=slurm launch.slurm.time=2", "launch.slurm.signal_seconds: found 120, but launch.slurm.time=2 ends"),
+        ("launch=slurm launch.slurm.after=[abc]", "launch.slurm.after: found 'abc', expected the number of a job"),
+        ("launch=slurm launch.slurm.options=[night]", "launch.slurm.options: found 'night', expected an option"),
+        ("launch=slurm launch.slurm.partition='a;b'", "which holds a character that a shell would act on"),
+        ("launch=slurm launch.slurm.mounts=[/a:/b]", "launch.slurm.mounts: needs launch.slurm.container"),
+        ("launch=torchrun launch.nodes=2", "launch.address: is null"),
+        ("launch=deepspeed launch.nodes=2", "launch.hostfile: is null"),
+        ("launch=torchrun launch.port=80", "launch.port: found 80, must lie between 1024 and 65534"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        training(*override.split(" ", 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3", 180), ("3:30", 210), ("1:00:00", 3600), ("2-0", 172800), ("1-12:30", 131400), ("0-0:0:5", 5), ("x", None)],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(text, seconds):
+    assert time_limit(text) == seconds
+
+
+def test_what_a_command_of_slurm_says_is_the_message(tmp_path, monkeypatch):
+    fake = tmp_path / "sbatch"
+    fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(ResourceError, match="sbatch: sbatch: error: invalid partition specified: gpu"):
+        command("sbatch")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no scontrol on this host"):
+        command("scontrol")

@@ -1,0 +1,75 @@
+"""Another launcher as a child: its exit code, its signals, and nobody left."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+
+from megalite.launch.supervise import supervise
+
+# A launcher that ignores SIGUSR1, as it inherits, and ends when its rank has; the rank handles it, as ours do.
+RANK = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); time.sleep(60)"
+LAUNCHER = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {RANK!r}]))"
+
+
+def run(code: str, grace: float = 20.0) -> int:
+    return supervise([sys.executable, "-c", code], os.environ, grace)
+
+
+def signal_me(*after: float, number: int = signal.SIGTERM) -> None:
+    """Send this process signals, after so many seconds each."""
+    for seconds in after:
+        threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+
+
+def test_the_exit_code_is_the_childs():
+    assert run("import sys; sys.exit(7)") == 7
+    assert run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)") == 128 + signal.SIGKILL
+
+
+def test_a_signal_reaches_ranks_and_not_the_launcher():
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal_me(2.0, number=number)
+        assert run(LAUNCHER) == 75
+
+
+def test_after_the_grace_all_are_ended():
+    """The rank takes no notice of SIGUSR1."""
+    signal_me(1.0)
+    began = time.monotonic()
+    stubborn = LAUNCHER.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")
+    assert run(stubborn, grace=1.0) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 15
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_a_second_signal_ends_all_at_once():
+    stubborn = LAUNCHER.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")
+    signal_me(1.0, 2.5)
+    began = time.monotonic()
+    assert run(stubborn) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 15
+
+
+def test_a_launcher_whose_ranks_are_gone_is_not_waited_for(capfd):
+    """It ignores SIGTERM besides, as torchrun was seen to when it was cut off from the others."""
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "subprocess.call([sys.executable, '-c', 'import time; time.sleep(1)']); time.sleep(60)"
+    )
+    began = time.monotonic()
+    assert run(code, grace=1.0) == 128 + signal.SIGKILL
+    assert time.monotonic() - began < 20
+    assert "all ranks are gone" in capfd.readouterr().err
+
+
+def test_what_a_dead_launcher_leaves_is_ended():
+    sleeper = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(61)'])"
+    orphan = f"import subprocess, sys, time; {sleeper}; time.sleep(1); sys.exit(3)"
+    assert run(orphan) == 3
+    left = subprocess.run(["pgrep", "-f", "time.sleep\\(61\\)"], capture_output=True, text=True, check=False)
+    assert not left.stdout
