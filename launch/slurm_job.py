@@ -50,8 +50,8 @@ def run_job(config: TrainConfig) -> int:
     print(f"job {job}, start {restarts + 1}: step {began}, on {', '.join(hosts)}", file=sys.stderr)
     _refuse_starts_in_vain(run_dir, job, restarts, began)
     step = _Step(config, hosts, stop)
-    code = run_lives(step.run, config, step.is_hopeless)
-    if code == EXIT_OK or not config.launch.slurm.requeue or not (stop.by_slurm or step.is_hopeless()):
+    code = run_lives(step.run, config, is_hopeless=lambda: step.has_lost_a_host or bool(stop.received))
+    if code == EXIT_OK or not config.launch.slurm.requeue or not (stop.by_slurm or step.has_lost_a_host):
         return code  # at its end; or a person asked the ranks to stop, and did not ask Slurm to go on
     stands = saved_step(run_dir)
     if stop.by_slurm and stands <= began:
@@ -96,11 +96,7 @@ class _Step:
     def __init__(self, config: TrainConfig, hosts: list[str], stop: _Stop):
         self._config, self._hosts, self._stop = config, hosts, stop
         self._run_dir = Path(config.run_dir)
-        self._lost_hosts = False
-
-    def is_hopeless(self) -> bool:
-        """Whether another step on the same nodes would fail as the last one did: a host of them is lost."""
-        return self._lost_hosts
+        self.has_lost_a_host = False  # another step on the same nodes would fail as this one did
 
     def run(self) -> int:
         """Start ranks and wait for all; returns their exit code."""
@@ -118,11 +114,11 @@ class _Step:
             if gone is not None and time.monotonic() > gone + grace:
                 # Ranks have ended, and some node does not say so.
                 print(f"srun has waited for {grace:.0f} s since the ranks ended: ending it", file=sys.stderr)
-                self._lost_hosts = True
+                self.has_lost_a_host = True
                 _end(child)
         state = _life_since(before, self._run_dir)
         if child.returncode and state is None:
-            self._lost_hosts = child.returncode not in FINAL  # no rank began: a node does not answer, or is unfit
+            self.has_lost_a_host = child.returncode not in FINAL  # no rank began: a node does not answer, or is unfit
         return _code(child.returncode, state, bool(self._stop.received))
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
@@ -33,7 +34,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], grace: flo
             tree.look()
             now = time.monotonic()
             if received and asked is None:
-                asked, deadline = now, now + grace
+                # Where nobody listens ranks have not begun, and there is nothing to save.
+                asked, deadline = now, now + (grace if tree.listens else 0.0)
                 tree.send(signal.SIGUSR1)
             elif asked is not None and len(received) > 1 and received[-1] - received[0] > TOGETHER_SECONDS:
                 deadline = now
@@ -69,6 +71,11 @@ class _Tree:
         """Whether the child has children."""
         return bool(self._known)
 
+    @property
+    def listens(self) -> bool:
+        """Whether any of them has a handler for SIGUSR1, as ranks have once they stand."""
+        return any(_catches(process.pid, signal.SIGUSR1) for process in self._known)
+
     def send(self, number: int) -> None:
         for process in self._known:
             with suppress(psutil.Error):
@@ -84,6 +91,14 @@ class _Tree:
                 self._child.wait(_LAST_SECONDS)
             _, left = psutil.wait_procs(self._known, timeout=_LAST_SECONDS)
             self._known = set(left)
+
+
+def _catches(pid: int, number: int) -> bool:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) & 1 << number - 1)
+    return False
 
 
 def _is_alive(process: psutil.Process) -> bool:

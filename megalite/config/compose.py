@@ -234,7 +234,7 @@ def _checked_override(cls: type, override: Any, sweep: bool = False) -> str:
         raise ConfigError(f"{line}: several values at once are for sweeps; {fix}")
     options = _group_options(cls, key)
     values = [line.partition("=")[2] if override.is_sweep_override() else override.value()]
-    if override.is_discrete_sweep():
+    if override.is_choice_sweep():
         values = list(override.sweep_iterator())
     if options and not any(isinstance(value, dict) for value in values):
         for value in values:

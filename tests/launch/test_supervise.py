@@ -15,6 +15,8 @@ from megalite.launch.supervise import supervise
 RANK = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); time.sleep(60)"
 LAUNCHER = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {RANK!r}]))"
 
+STUBBORN = LAUNCHER.replace("lambda *_: sys.exit(75)", "lambda *_: None")
+
 
 def run(code: str, grace: float = 20.0) -> int:
     return supervise([sys.executable, "-c", code], os.environ, grace)
@@ -41,17 +43,22 @@ def test_after_the_grace_all_are_ended():
     """The rank takes no notice of SIGUSR1."""
     signal_me(1.0)
     began = time.monotonic()
-    stubborn = LAUNCHER.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")
-    assert run(stubborn, grace=1.0) == 128 + signal.SIGTERM
+    assert run(STUBBORN, grace=1.0) == 128 + signal.SIGTERM
     assert time.monotonic() - began < 15
     assert not psutil.Process().children(recursive=True)
 
 
-def test_a_second_signal_ends_all_at_once():
-    stubborn = LAUNCHER.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")
-    signal_me(1.0, 2.5)
+def test_where_no_rank_listens_yet_there_is_nothing_to_wait_for():
+    signal_me(1.0)
     began = time.monotonic()
-    assert run(stubborn) == 128 + signal.SIGTERM
+    assert run(LAUNCHER.replace("lambda *_: sys.exit(75)", "signal.SIG_IGN")) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 15
+
+
+def test_a_second_signal_ends_all_at_once():
+    signal_me(1.5, 3.0)
+    began = time.monotonic()
+    assert run(STUBBORN) == 128 + signal.SIGTERM
     assert time.monotonic() - began < 15
 
 
