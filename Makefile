@@ -10,7 +10,7 @@ SAMPLE := outputs/sample
 RUN := outputs/quickstart
 CORPUS := data_tools/sample_corpus/corpus.parquet
 
-.PHONY: quickstart test test-full soak lint clean
+.PHONY: quickstart test test-cluster test-full soak lint clean
 
 quickstart: $(SAMPLE)/store/build_report.json
 	$(BIN)/megalite train experiment=quickstart
@@ -31,10 +31,14 @@ $(SAMPLE)/tokenizer/tokenizer.model: $(CORPUS) | $(VENV)/core
 	  reader.language_column=language reader.split_column=split split=train overwrite=true
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not slow and not soak"
+	$(BIN)/python -m pytest -m "not slow and not soak and not cluster"
 
 test-full: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak and not cluster"
+
+# A real Slurm, hosts with networks of their own, a container: as root on Debian, whose packages it installs.
+test-cluster: $(VENV)/dev
+	MEGALITE_TEST_INSTALL=1 $(BIN)/python -m pytest -m "not soak" tests/cluster
 
 soak: $(VENV)/dev
 	$(BIN)/python -m pytest -m soak

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 from megalite.config.compose import compose_config
 from megalite.config.schema_data import DataBuildConfig
+from megalite.config.validate_commands import validate_data_build
 from megalite.errors import ConfigError
+
+from .slurm_build import submit_build
 
 
 def build(argv: Sequence[str]) -> int:
@@ -13,9 +16,16 @@ def build(argv: Sequence[str]) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from megalite.data_tools.builder.building import build_store
+    config = compose_config("data_build", DataBuildConfig, argv)
+    validate_data_build(config)
+    if config.launch.name == "slurm":
+        return submit_build(config, argv)
+    from megalite.data_tools.builder.building import build_part, build_store
 
-    report = build_store(compose_config("data_build", DataBuildConfig, argv))
+    if config.part:
+        print(f"part {config.part[0]} of {config.part[1]}: {build_part(config)} units are done")
+        return 0
+    report = build_store(config)
     table = Table("store", title=escape(f"token stores in {report.output}"))
     for heading in ("documents", "tokens", "bytes", "bytes per token"):
         table.add_column(heading, justify="right")

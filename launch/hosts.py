@@ -3,23 +3,20 @@
 One process a host, over TCP, a line of JSON each way; on the port above the one where ranks will meet.
 """
 
-import importlib.metadata
 import json
-import platform
-import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import megalite
 from megalite.config.compose import config_digest, config_values
 from megalite.config.schema import TrainConfig
 from megalite.data.format import TokenStore
 from megalite.errors import DataError, ResourceError
+from megalite.host import CLOCK_SECONDS, package_versions, shared_mark
 from megalite.log import get_logger
 from megalite.network import interface_of, is_own
 
@@ -27,8 +24,6 @@ log = get_logger(__name__)
 
 _LINE_BYTES = 1 << 20
 _POLL_SECONDS = 0.2
-_CLOCK_SECONDS = 2.0  # further apart, the times in logs and the ages of locks mislead
-_PACKAGES = ("torch", "deepspeed", "safetensors", "numpy")  # whose other version computes or writes something else
 
 
 @dataclass(frozen=True)
@@ -74,11 +69,14 @@ def meet(config: TrainConfig, point: MeetingPoint, address: str) -> list[Host]:
 
 def describe_host(config: TrainConfig, address: str) -> Host:
     """This host."""
-    versions = {"python": platform.python_version(), "megalite": megalite.__version__}
-    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     stores = {store.path: _store(store.path) for store in (*config.data.train, *config.data.validation)}
     return Host(
-        socket.gethostname(), address, interface_of(address), versions, config_digest(config_values(config)), stores
+        socket.gethostname(),
+        address,
+        interface_of(address),
+        package_versions(),
+        config_digest(config_values(config)),
+        stores,
     )
 
 
@@ -92,7 +90,7 @@ def _store(path: str) -> str:
 def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:
     """The first host: hear the others, judge, tell them."""
     hosts, answers = [own], []
-    with _shared_mark(Path(config.run_dir)) as mark, socket.create_server((own.address, point.port + 1)) as server:
+    with shared_mark(Path(config.run_dir)) as mark, socket.create_server((own.address, point.port + 1)) as server:
         server.settimeout(_POLL_SECONDS)
         blind = []  # hosts that do not see what is written to run_dir here
         while len(hosts) < config.launch.nodes and time.monotonic() < deadline:
@@ -161,26 +159,13 @@ def _problems(config: TrainConfig, hosts: Sequence[Host], blind: Sequence[str]) 
         for path, digest in first.stores.items():
             if host.stores.get(path) != digest:
                 yield f"{path}: on {host.name} it is not what it is on {first.name} ({host.stores.get(path)}; {digest})"
-        if abs(host.clock) > _CLOCK_SECONDS:
+        if abs(host.clock) > CLOCK_SECONDS:
             yield f"the clock of {host.name} is {host.clock:+.1f} s off that of {first.name}: let NTP set both"
     if blind:
         yield (
             f"run_dir: {Path(config.run_dir).absolute()} is not the same directory on {', '.join(sorted(blind))} as on "
             f"{first.name}; checkpoints are written by all hosts: put it on a file system that they share"
         )
-
-
-@contextmanager
-def _shared_mark(run_dir: Path) -> Iterator[Path]:
-    """A file in `run_dir` that only those can see who share its disk; renamed into place, as checkpoints are."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    mark = run_dir / f".hosts-{secrets.token_hex(8)}"
-    try:
-        mark.with_suffix(".tmp").touch()
-        mark.with_suffix(".tmp").rename(mark)
-        yield mark
-    finally:
-        mark.unlink(missing_ok=True)
 
 
 def _send(connection: socket.socket, value: object) -> None:

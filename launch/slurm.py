@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalite.config.frozen import config_yaml
@@ -14,7 +15,7 @@ from megalite.guard.lock import is_locked
 from megalite.log import get_logger
 
 from .prepare import Training
-from .slurm_script import batch_script, training_body
+from .slurm_script import batch_script, dependency, training_body
 
 log = get_logger(__name__)
 
@@ -57,9 +58,12 @@ def log_of(run_dir: Path, job: str) -> Path:
     return run_dir / "logs" / f"slurm_{job}.log"
 
 
-def submit(script: Path) -> str:
-    """Hand a script to sbatch; returns the job's number. Raises `ResourceError` with what sbatch said."""
-    return command("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+def submit(script: Path, after: Sequence[str] = ()) -> str:
+    """Hand a script to sbatch; returns the job's number. Raises `ResourceError` with what sbatch said.
+
+    `after`: jobs that must have ended well before it starts.
+    """
+    return command("sbatch", "--parsable", *dependency(after), str(script)).strip().partition(";")[0]
 
 
 def command(*arguments: str) -> str:

@@ -100,9 +100,8 @@ class _Step:
 
     def run(self) -> int:
         """Start ranks and wait for all; returns their exit code."""
-        grace = self._config.launch.grace
         environment = dict(os.environ) | _meeting_point(self._config, self._hosts)
-        before, told, gone = read_state(self._run_dir), 0, None
+        before, told, gone, grace = read_state(self._run_dir), 0, None, self._config.launch.grace
         child = subprocess.Popen(srun_command(self._config), env=environment)
         while child.poll() is None:
             time.sleep(_POLL_SECONDS)
@@ -110,10 +109,10 @@ class _Step:
                 told = len(self._stop.received)
                 child.send_signal(signal.SIGUSR1 if self._stop.by_slurm else signal.SIGTERM)
             state = _life_since(before, self._run_dir)
-            gone = (gone or time.monotonic()) if state is not None and state.state != "running" else None
+            has_failed = state is not None and state.state in ("failed", "died")
+            gone = (gone or time.monotonic()) if has_failed else None
             if gone is not None and time.monotonic() > gone + grace:
-                # Ranks have ended, and some node does not say so.
-                print(f"srun has waited for {grace:.0f} s since the ranks ended: ending it", file=sys.stderr)
+                print(f"srun waits for a node since the ranks ended {grace:.0f} s ago: ending it", file=sys.stderr)
                 self.has_lost_a_host = True
                 _end(child)
         state = _life_since(before, self._run_dir)

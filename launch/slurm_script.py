@@ -43,6 +43,11 @@ def training_body(config_text: str, module: str = "slurm_job") -> list[str]:
     ]
 
 
+def dependency(after: Sequence[str]) -> list[str]:
+    """Options for a job that starts when all jobs `after` have ended well, and never if one has not."""
+    return [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+
+
 def _options(name: str, launch: LaunchConfig, ranks_per_node: int, log: Path) -> Iterator[str]:
     slurm = launch.slurm
     yield f"--job-name={name}"
@@ -61,9 +66,7 @@ def _options(name: str, launch: LaunchConfig, ranks_per_node: int, log: Path) ->
     yield from (f"--{option}={value}" for option, value in given.items() if value is not None)
     if slurm.exclusive:
         yield "--exclusive"
-    if slurm.after:
-        yield f"--dependency=afterok:{':'.join(slurm.after)}"
-        yield "--kill-on-invalid-dep=yes"
+    yield from dependency(slurm.after)
     yield f'--output="{log}"'
     yield "--open-mode=append"
     yield "--requeue" if slurm.requeue else "--no-requeue"

@@ -69,7 +69,6 @@ def train(config: TrainConfig, place: Place) -> None:
         if place.rank == 0:
             stack.enter_context(contextlib.closing(RunLock(run_dir)))
             life = stack.enter_context(LifeRecord(run_dir, place.world_size))
-        stack.enter_context(errors_in_log(expected=Preempted))
         heartbeat = _start_heartbeat(config.guard, run_dir / "logs", place) if config.guard.watchdog else None
         if heartbeat:
             stack.enter_context(contextlib.closing(heartbeat))
@@ -83,19 +82,27 @@ def train(config: TrainConfig, place: Place) -> None:
             (run_dir / "logs").mkdir(exist_ok=True)
         _check_agreement(config)
         setup_logging(place.rank, run_dir / "logs" / f"rank_{place.rank}.log")
-        trainer = Trainer(config, build_mesh(config.parallel, device), vitals)
         try:
-            trainer.run()
-        except Preempted as stop:
+            with errors_in_log(expected=Preempted):
+                _run(config, device, vitals, life)
+        except BaseException as error:
+            # At once: a launcher kills all ranks as soon as one has gone.
             if life:
-                life.stands(trainer.counters.step, trainer.last_step, config.trainer.steps)
-                life.end(stop)
-            dist.barrier()  # a launcher kills all as soon as one has gone: by now rank 0 has closed what it had open
+                life.end(error)
+            if isinstance(error, Preempted):
+                dist.barrier()  # until rank 0 has closed and written what it had to
             raise
-        finally:
-            if life:
-                life.stands(trainer.counters.step, trainer.last_step, config.trainer.steps)
-                log.info("where the time went, in all lives of the run:\n%s", format_goodput(clock.table()))
+
+
+def _run(config: TrainConfig, device: torch.device, vitals: Vitals, life: LifeRecord | None) -> None:
+    """`life`: on rank 0."""
+    trainer = Trainer(config, build_mesh(config.parallel, device), vitals)
+    try:
+        trainer.run()
+    finally:
+        if life:
+            life.stands(trainer.counters.step, trainer.last_step, config.trainer.steps)
+            log.info("where the time went, in all lives of the run:\n%s", format_goodput(vitals.clock.table()))
 
 
 def _sent_or_composed(arguments: list[str]) -> TrainConfig:

@@ -91,9 +91,9 @@ class Saver:
     def save(self, counters: Counters, evaluation: dict[str, float], ephemeral: bool = False) -> None:
         """Save what the engine holds as step `counters.step`; nothing may be pending. Collective.
 
-        Memory on a rank: at once, two files (`FILE_BYTES`, or one larger tensor) and on a GPU a third; asynchronously,
-        its share of all besides, which it keeps for the next save: fresh memory would take as long as eight copies.
-        Raises as `finish` does.
+        Memory on a rank: two files (`FILE_BYTES`, or one larger tensor); besides, asynchronously, its share of all,
+        which it keeps for the next save, since fresh memory takes as long as eight copies; on a GPU at once, its share
+        of as many files as there are ranks. Raises as `finish` does.
         """
         assert self._pending is None, "call finish first: it tells what became of the save before"
         temporary = on_rank_0("write", lambda: self._create(counters.step))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megalite.config.schema_launch import LaunchConfig
+
 TokenizerType = Literal["bpe_bytelevel", "sp_bpe", "sp_unigram", "unigram", "wordpiece"]
 Split = Literal["train", "validation"]
 CleanStep = Literal[
@@ -119,6 +121,9 @@ class DataBuildConfig:
     workers: int | None = None  # None: the number of CPU cores
     shard_tokens: int = 500_000_000  # tokens a shard holds at most (a document is never cut)
     overwrite: bool = False  # replace an output of this command
+    part: tuple[int, int] | None = None  # [i,n]: do the i-th of n shares only, counted from 0, on a disk that all see
+    parts: int = 1  # launch=slurm: an array of so many jobs, and one more that puts their shares together
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

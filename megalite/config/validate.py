@@ -20,7 +20,7 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
     """
     config = resolve_auto(config, device_type)
     rules = (
-        layout_rules, _trainer_rules, _objective_rules, _optimizer_rules, _data_rules, _run_rules, launch_rules,
+        layout_rules, _trainer_rules, _objective_rules, _optimizer_rules, _data_rules, _run_rules, _launch_rules,
     )  # fmt: skip
     problems = [problem for rule in rules for problem in rule(config, world_size)]
     if problems:
@@ -30,7 +30,7 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
 def validate_untrained(config: TrainConfig, world_size: int) -> None:
     """As `validate_train`, but for the rules about data and batch sizes: of a configuration that will not train."""
     config = resolve_auto(config, "cpu")
-    rules = (layout_rules, _objective_rules, _optimizer_rules, _run_rules, launch_rules)
+    rules = (layout_rules, _objective_rules, _optimizer_rules, _run_rules, _launch_rules)
     if problems := [problem for rule in rules for problem in rule(config, world_size)]:
         raise ConfigError("\n".join(problems))
 
@@ -180,6 +180,10 @@ def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
             yield f"data.skip_steps: found [{first}, {last}], expected the first and the last of some steps, from 1"
     for key in _secrets_in(dataclasses.asdict(config)):
         yield f"{key}: holds a URL with a user or password, which would be written to the run directory; take it out"
+
+
+def _launch_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
+    return launch_rules(config.launch)
 
 
 def _secrets_in(value: Any, key: str = "") -> Iterator[str]:

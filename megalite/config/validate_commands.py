@@ -20,6 +20,7 @@ from megalite.config.schema_data import (
 )
 from megalite.config.schema_monitor import JobsConfig, LogsConfig
 from megalite.config.validate import same_source_rules
+from megalite.config.validate_launch import build_launch_rules
 from megalite.errors import ConfigError
 
 
@@ -126,7 +127,12 @@ def _data_build_rules(config: DataBuildConfig) -> Iterator[str]:
     yield from _input_rules(config.input, config.output)
     if not 0 <= config.validation_fraction < 1:
         yield f"validation_fraction: found {config.validation_fraction}, allowed: 0 or more and below 1"
-    yield from _at_least("", config, "workers", "shard_tokens")
+    yield from _at_least("", config, "workers", "shard_tokens", "parts")
+    yield from build_launch_rules(config.launch, config.parts)
+    if config.part and not 0 <= config.part[0] < config.part[1]:
+        yield f"part: found {list(config.part)}, expected [i,n] with 0 <= i < n"
+    if (config.part or config.parts > 1) and config.dedup.lines:
+        yield "dedup.lines: found true, but what is left of a document then depends on all before it: build in one part"
     yield from _at_least("dedup.", config.dedup, "ngram", "min_line_characters")
     if not 0 < config.dedup.threshold <= 1:
         yield f"dedup.threshold: found {config.dedup.threshold}, allowed: above 0 and at most 1"

@@ -4,7 +4,6 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from megalite.config.schema import TrainConfig
 from megalite.config.schema_launch import LaunchConfig, SlurmConfig
 
 # Keys that mean something to some launchers only; the others refuse them, so that no setting is ignored in silence.
@@ -21,9 +20,9 @@ _SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password|passwd|credentials?)$
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?")
 
 
-def launch_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
-    """A line for every rule that `config.launch` breaks."""
-    launch, defaults = config.launch, LaunchConfig()
+def launch_rules(launch: LaunchConfig) -> Iterator[str]:
+    """A line for every rule that `launch` breaks."""
+    defaults = LaunchConfig()
     for key, launchers in _ONLY_FOR.items():
         if launch.name not in launchers and getattr(launch, key) != getattr(defaults, key):
             found = f"{getattr(launch, key)!r}" if key != "slurm" else "values"
@@ -45,6 +44,23 @@ def launch_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
         yield "launch.hostfile: is null; with launch=deepspeed on several nodes it names them, `HOST slots=N` a line"
     yield from _environment_rules(launch)
     yield from _slurm_rules(launch.slurm)
+
+
+def build_launch_rules(launch: LaunchConfig, parts: int) -> Iterator[str]:
+    """A line for every rule that the launch of a data build in so many parts breaks: it has no ranks."""
+    if launch.name not in ("local", "slurm"):
+        yield f"launch: found {launch.name}, allowed for a build: local, slurm"
+        return
+    kept = LaunchConfig(
+        name=launch.name, wait=launch.wait, dry_run=launch.dry_run, slurm=launch.slurm, environment=launch.environment,
+        restarts=launch.restarts,
+    )  # fmt: skip
+    for field in dataclasses.fields(launch):
+        if getattr(launch, field.name) != getattr(kept, field.name):
+            yield f"launch.{field.name}: found {getattr(launch, field.name)!r}, which a build has no use for"
+    if launch.name == "local" and parts != 1:
+        yield f"parts: found {parts}, which are jobs of launch=slurm; on one machine see workers"
+    yield from launch_rules(launch)
 
 
 def _environment_rules(launch: LaunchConfig) -> Iterator[str]:

@@ -82,6 +82,6 @@ def read_state(run_dir: Path) -> RunState | None:
     """The state of the run in `run_dir`; None where there is none, or no readable one."""
     try:
         state = RunState(**json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return replace(state, state="died") if state.state == "running" and not is_locked(run_dir) else state

@@ -12,6 +12,7 @@ from megalite.config.frozen import FROZEN, sent_config
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_launch import time_limit
 from megalite.errors import ConfigError, ResourceError
+from megalite.launch.cli import main
 from megalite.launch.prepare import Training, world_of
 from megalite.launch.slurm import command, script_of
 from megalite.launch.slurm_job import srun_command
@@ -134,3 +135,27 @@ def test_what_a_command_of_slurm_says_is_the_message(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no scontrol on this host"):
         command("scontrol")
+
+
+def test_a_build_is_an_array_of_its_parts_and_a_job_that_waits_for_them(tmp_path, monkeypatch, capfd):
+    """sbatch and the jobs are made up; that they run to one store is tested with a real Slurm."""
+    (tmp_path / "sbatch").write_text('#!/bin/sh\necho "$@" >> "$0.log"; wc -l < "$0.log"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    keys = [
+        "input=my books/*.txt", f"output={tmp_path}/out", "tokenizer.path=tokenizer", "launch=slurm", "parts=3",
+        "launch.slurm.partition=cpu", "launch.slurm.cpus_per_task=8", "launch.slurm.after=[7]",
+    ]  # fmt: skip
+    assert main(["data", "build", *keys]) == 0
+    assert "launch.slurm.after=[2]" in capfd.readouterr().out
+    folder = tmp_path / "out.slurm"
+    first, second = (tmp_path / "sbatch.log").read_text().splitlines()
+    assert first == f"--parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {folder}/parts.sbatch"
+    assert second == f"--parsable --dependency=afterok:1 --kill-on-invalid-dep=yes {folder}/build.sbatch"
+    parts, whole = (folder / "parts.sbatch").read_text(), (folder / "build.sbatch").read_text()
+    assert {"--array=0-2", "--partition=cpu", "--cpus-per-task=8", "--nodes=1"} <= set(options(parts))
+    assert not [option for option in options(parts + whole) if "dependency" in option or "signal" in option]
+    for script, more in ((parts, ["part=[2,3]"]), (whole, [])):
+        line = script.splitlines()[-1].replace("$SLURM_ARRAY_TASK_ID", "2")
+        words = shlex.split(line)
+        assert words[2:] == ["-m", "megalite.launch.cli", "data", "build", *keys[:3], *more]

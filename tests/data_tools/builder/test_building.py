@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from megalite.config.schema_data import CleanStepConfig, DedupConfig, ReaderConfig
+from megalite.config.schema_launch import LaunchConfig
 from megalite.data.format import TokenStore
 from megalite.data_tools.builder import building, units
+from megalite.data_tools.builder import work as room
 from megalite.data_tools.builder.building import build_store
 from megalite.data_tools.store_tools.inspection import inspect_documents, store_tokenizer, verify_stores
 from megalite.errors import ConfigError, DataError, ResourceError
@@ -109,7 +111,7 @@ BOTH = DedupConfig(exact=True, near=True)
 
 
 def test_the_same_bytes_for_any_number_of_workers(tmp_path, tokenizer_path, monkeypatch):
-    monkeypatch.setattr(building, "_TOGETHER_FILES", 2)
+    monkeypatch.setattr(room, "_TOGETHER_FILES", 2)
     sources = many_files(tmp_path / "in")
     trees = []
     for workers in (1, 3):
@@ -153,8 +155,8 @@ def fork_build(config, deadly: int) -> int:
 
 
 def test_a_file_that_changed_is_read_again(tmp_path, tokenizer_path, monkeypatch):
-    monkeypatch.setattr(building, "SEGMENT_BYTES", 1)
-    monkeypatch.setattr(building, "_TOGETHER_FILES", 1)
+    monkeypatch.setattr(room, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(room, "_TOGETHER_FILES", 1)
     sources = many_files(tmp_path / "in", 3)
     config = build_config(sources, tmp_path / "out", tokenizer_path)
     good = sources[2].read_text()
@@ -182,7 +184,7 @@ def test_a_build_that_is_killed_after_its_end_was_finished(tmp_path, source, tok
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(building, "_remove", killed)
+        patch.setattr(room, "remove_work", killed)
         with pytest.raises(KeyboardInterrupt):
             build_store(config)
     assert len(list(tmp_path.glob("out*"))) == 2
@@ -223,15 +225,58 @@ def test_what_is_in_a_list_that_a_step_names_is_part_of_the_build(tmp_path, sour
     assert building._digest(config, tokenizer, [source]) != before
 
 
+def test_shares_of_a_build_make_the_same_bytes(tmp_path, tokenizer_path, monkeypatch):
+    """As the jobs of an array do, in any order, one twice and one never: the last command does what is left."""
+    monkeypatch.setattr(room, "_TOGETHER_FILES", 2)
+    sources = many_files(tmp_path / "in")
+    build_store(build_config(sources, tmp_path / "whole", tokenizer_path, dedup=BOTH))
+    config = build_config(sources, tmp_path / "out", tokenizer_path, dedup=BOTH)
+    done = [building.build_part(replace(config, part=(i, 3))) for i in (2, 0, 0)]
+    assert all(done)
+    assert not (tmp_path / "out").exists()
+    build_store(config)
+    assert stores_of(tmp_path / "out") == stores_of(tmp_path / "whole")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+    with pytest.raises(DataError, match="exists"):
+        building.build_part(replace(config, part=(1, 3)))
+
+
+def test_shares_work_side_by_side_and_nobody_puts_them_together_meanwhile(tmp_path, source, tokenizer_path):
+    config = build_config([source], tmp_path / "out", tokenizer_path)
+    _, work, _ = building._plan(config)
+    with room.part_directory(work, (0, 2)):
+        assert building.build_part(replace(config, part=(1, 2))) == 0
+        with room.part_directory(work, (1, 2)), pytest.raises(ResourceError, match="in use by another build"):
+            build_store(config)
+        with pytest.raises(ResourceError, match="in use"), room.part_directory(work, (0, 2)):
+            pass
+    build_store(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"part": (2, 2)}, r"part: found \[2, 2\], expected \[i,n\]"),
+        ({"parts": 4}, "parts: found 4, which are jobs of launch=slurm"),
+        ({"part": (0, 2), "dedup": DedupConfig(lines=True)}, "dedup.lines: found true"),
+        ({"launch": LaunchConfig(name="torchrun")}, "launch: found torchrun, allowed for a build: local, slurm"),
+        ({"launch": LaunchConfig(name="slurm", nodes=2)}, "launch.nodes: found 2, which a build has no use for"),
+    ],
+)
+def test_shares_that_cannot_be(tmp_path, source, tokenizer_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_store(build_config([source], tmp_path / "out", tokenizer_path, **changes))
+
+
 def test_small_files_are_read_together(tmp_path, tokenizer_path, monkeypatch):
     sources = many_files(tmp_path / "in", 7)
     whole = build_config(sources, tmp_path / "one", tokenizer_path)
     report = build_store(whole)
     assert report.files == 7
-    monkeypatch.setattr(building, "_TOGETHER_FILES", 3)
-    assert [len(unit.parts) for unit in building._units(whole, sources, tmp_path)] == [3, 3, 1]
-    monkeypatch.setattr(building, "_TOGETHER_BYTES", sources[0].stat().st_size + 1)
-    assert {len(unit.parts) for unit in building._units(whole, sources, tmp_path)} == {1}
+    monkeypatch.setattr(room, "_TOGETHER_FILES", 3)
+    assert [len(unit.parts) for unit in room.units_of(whole, sources, tmp_path)] == [3, 3, 1]
+    monkeypatch.setattr(room, "_TOGETHER_BYTES", sources[0].stat().st_size + 1)
+    assert {len(unit.parts) for unit in room.units_of(whole, sources, tmp_path)} == {1}
     build_store(replace(whole, output=str(tmp_path / "many")))
     assert stores_of(tmp_path / "one") == stores_of(tmp_path / "many")
 
@@ -439,6 +484,7 @@ ENDLESS_BUILD = """
 import itertools, sys
 from megalite.config.schema_data import DataBuildConfig, ReaderConfig, StoreTokenizerConfig
 from megalite.data_tools.builder import building, units
+from megalite.data_tools.builder import work as room
 from megalite.data_tools.readers import Document
 
 def endless(path, config, source, report, span, markup):
@@ -446,7 +492,7 @@ def endless(path, config, source, report, span, markup):
         yield Document("night " * 1000, 6000, str(report.documents), "in", "", "train")
 
 # In the workers too, which import this file.
-units.iter_file_documents, units.SEGMENT_BYTES, building._TOGETHER_FILES = endless, 100_000, 1
+units.iter_file_documents, units.SEGMENT_BYTES, room._TOGETHER_FILES = endless, 100_000, 1
 
 if __name__ == "__main__":
     tokenizer = StoreTokenizerConfig(path=sys.argv[3])
@@ -466,8 +512,9 @@ SMALL_SEGMENTS = """
 import sys
 from megalite.config.schema_data import DataBuildConfig, DedupConfig, ReaderConfig, StoreTokenizerConfig
 from megalite.data_tools.builder import building, units
+from megalite.data_tools.builder import work as room
 
-units.SEGMENT_BYTES, building._TOGETHER_FILES = 50_000, 3  # in the workers too, which import this file
+units.SEGMENT_BYTES, room._TOGETHER_FILES = 50_000, 3  # in the workers too, which import this file
 
 if __name__ == "__main__":
     source, output, tokenizer, workers = sys.argv[1:]
@@ -528,12 +575,12 @@ def test_a_build_killed_in_its_last_clean_up_is_not_taken_for_that_of_another_in
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(building, "_remove", killed)
+        patch.setattr(room, "remove_work", killed)
         with pytest.raises(KeyboardInterrupt):
             build_store(config)
     assert build_store(config).files == 2, "it was finished"
     with monkeypatch.context() as patch:
-        patch.setattr(building, "_remove", killed)
+        patch.setattr(room, "remove_work", killed)
         with pytest.raises(KeyboardInterrupt):
             build_store(config)
     write_jsonl(tmp_path / "in/9.jsonl", [{"text": "another file, which must be read"}])

@@ -7,6 +7,7 @@ import pytest
 from megalite.config.schema_data import CleanStepConfig, DedupConfig
 from megalite.data.format import TokenStore
 from megalite.data_tools.builder import building, line_dedup, units
+from megalite.data_tools.builder import work as room
 from megalite.data_tools.builder.building import build_store
 from megalite.data_tools.store_tools.inspection import inspect_documents
 from megalite.errors import ConfigError
@@ -92,7 +93,7 @@ def test_workers_and_kills_change_nothing(tmp_path, tokenizer, monkeypatch):
     assert stores_of(tmp_path / "out") == whole
     (tmp_path / "out").rename(tmp_path / "killed")
     monkeypatch.undo()
-    monkeypatch.setattr(building, "_TOGETHER_FILES", 1)
+    monkeypatch.setattr(room, "_TOGETHER_FILES", 1)
     build_store(config_of(tmp_path, tokenizer, corpus(1), workers=2))
     assert stores_of(tmp_path / "out") == whole
 

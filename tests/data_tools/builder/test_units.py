@@ -1,5 +1,6 @@
 """A worker's memory does not grow with its input."""
 
+import dataclasses
 import random
 import tracemalloc
 from itertools import count
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from megalite.config.schema_data import DedupConfig
-from megalite.data_tools.builder import building, shingles, units
+from megalite.data_tools.builder import shingles, units, work
 from megalite.data_tools.readers import Document
 from tests.data_tools.corpora import build_config, make_tokenizer, write_jsonl
 
@@ -26,8 +27,8 @@ def run_worker(folder, tokenizer, documents: int) -> tuple[int, units.Unit]:
     rng = random.Random(0)
     rows = [{"text": "".join(rng.choices("abcde ", k=1000))} for _ in range(documents)]
     config = build_config([write_jsonl(folder / "in.jsonl", rows)], folder / "out", tokenizer)
-    config = building.dataclasses.replace(config, dedup=DedupConfig(near=True))
-    (unit,) = building._units(config, [folder / "in.jsonl"], folder)
+    config = dataclasses.replace(config, dedup=DedupConfig(near=True))
+    (unit,) = work.units_of(config, [folder / "in.jsonl"], folder)
     worker = units.Worker(config, None)
     tracemalloc.start()
     try:

@@ -1,0 +1,54 @@
+"""`megalite data build launch=slurm`: an array of jobs for the parts, and one more that puts them together."""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalite.config.schema_data import DataBuildConfig
+from megalite.config.schema_launch import LaunchConfig
+from megalite.errors import EXIT_OK
+
+from .slurm import submit, wait_for
+from .slurm_script import batch_script
+
+
+def submit_build(config: DataBuildConfig, arguments: Sequence[str]) -> int:
+    """Submit the build of `arguments`; returns 0 once it is in the queue, or with `launch.wait` its exit code."""
+    folder = Path(f"{config.output}.slurm")
+    launch, after = config.launch, config.launch.slurm.after
+    scripts = dict(build_scripts(config, arguments, folder.absolute()))
+    if launch.dry_run:
+        print("\n".join(f"# {name}\n{text}" for name, text in scripts.items()), end="")
+        return EXIT_OK
+    folder.mkdir(parents=True, exist_ok=True)
+    job = ""
+    for name, text in scripts.items():
+        (folder / f"{name}.sbatch").write_text(text, encoding="utf-8")
+        job = submit(folder / f"{name}.sbatch", after=[job] if job else after)
+        print(f"job {job}: {folder / name}.sbatch; it writes to {folder}")
+    print(f"to train on it when it is there: launch.slurm.after=[{job}]")
+    return wait_for(job) if launch.wait else EXIT_OK
+
+
+def build_scripts(config: DataBuildConfig, arguments: Sequence[str], folder: Path) -> list[tuple[str, str]]:
+    """The batch scripts by name, in their order; they write to `folder`."""
+    names = ("launch", "part", "parts")
+    kept = [word for word in arguments if word.partition("=")[0].partition(".")[0] not in names]
+    command = ["exec", sys.executable, "-m", "megalite.launch.cli", "data", "build", *kept]
+    words = " ".join(shlex.quote(word) for word in command)
+    name = Path(config.output).name
+    launch = _without_dependencies(config.launch)
+    scripts = []
+    if config.parts > 1:
+        part = f"part=[$SLURM_ARRAY_TASK_ID,{config.parts}]"
+        array = f"0-{config.parts - 1}"
+        text = batch_script(f"{name}-parts", launch, 1, folder / "part_%a.log", [f'{words} "{part}"'], array)
+        scripts.append(("parts", text))
+    return [*scripts, ("build", batch_script(name, launch, 1, folder / "build.log", [words]))]
+
+
+def _without_dependencies(launch: LaunchConfig) -> LaunchConfig:
+    """Those are given when a script is submitted: the second one waits for the first. A build has nothing to save."""
+    return dataclasses.replace(launch, slurm=dataclasses.replace(launch.slurm, after=(), signal_seconds=0))

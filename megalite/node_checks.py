@@ -1,0 +1,317 @@
+"""One rank that looks at its host and at the way to the others: `torchrun ... -m megalite.node_checks`.
+
+Under srun: `srun python -m megalite.node_checks`, one task a rank. It takes the keys of `megalite doctor`, whose own
+all-reduce is measured here too.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.compose import compose_config
+from megalite.config.place import Place, drop_local_rank, place_from_environment
+from megalite.config.schema import DoctorConfig
+from megalite.config.validate_commands import validate_doctor
+from megalite.errors import EXIT_OK, EXIT_RESOURCE, MegaliteError
+from megalite.host import CLOCK_SECONDS, package_versions, shared_mark, write_mark
+from megalite.log import get_logger, setup_logging
+from megalite.process import pick_device, start_process_group
+
+T = TypeVar("T")
+
+_REPEATS = 10
+_WARM_UPS = 2
+_CLOCK_LOOKS = 5
+_SEEN_SECONDS = 10.0  # a network file system may show others an old directory for a few seconds
+_POLL_SECONDS = 0.02
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """How fast all ranks added up a tensor: the median of a few times, of the slowest rank."""
+
+    num_ranks: int
+    backend: str
+    num_bytes: int
+    seconds: float
+
+    @property
+    def algorithm(self) -> float:
+        """Bytes of the tensor a second."""
+        return self.num_bytes / self.seconds
+
+    @property
+    def bus(self) -> float:
+        """Bytes a second through each rank's link: 2 (n - 1) / n of the tensor (NVIDIA's nccl-tests, PERFORMANCE.md).
+
+        Comparable between numbers of ranks, and with what the hardware promises.
+        """
+        return self.algorithm * 2 * (self.num_ranks - 1) / self.num_ranks
+
+    def __str__(self) -> str:
+        """For people, in the units of nccl-tests: 1 GB is 10^9 bytes."""
+        return (
+            f"{self.num_ranks} ranks over {self.backend}, {self.num_bytes / 2**20:.0f} MiB in "
+            f"{1000 * self.seconds:.3g} ms: {self.algorithm / 1e9:.3g} GB/s, bus {self.bus / 1e9:.3g} GB/s"
+        )
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one rank found on its host."""
+
+    rank: int
+    local_rank: int
+    name: str
+    device: str
+    interface: str
+    versions: dict[str, str] = field(default_factory=dict)
+    clock: float = 0.0  # seconds ahead of rank 0
+    sees: float | None = None  # seconds until it saw a new file of rank 0 in run_dir; None: it never did
+    sees_rename: float | None = None  # and another file put in its place
+    is_kept_out: bool = True  # by a lock of rank 0; where not, nothing keeps a second training out of run_dir
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare the hosts of all ranks; rank 0 prints. Returns EXIT_RESOURCE where they cannot train together."""
+    try:
+        place = place_from_environment()
+        setup_logging(place.rank)
+        config = compose_config(
+            "doctor", DoctorConfig, drop_local_rank(sys.argv[1:] if arguments is None else arguments)
+        )
+        validate_doctor(config)
+        if config.nproc_per_node not in (None, place.local_world_size):
+            log.warning(
+                "nproc_per_node=%s has no effect here: the launcher started %d ranks on this machine",
+                config.nproc_per_node,
+                place.local_world_size,
+            )
+        run_dir = Path(config.run_dir)
+        device = pick_device(place)
+        start_process_group(place, device)
+    except MegaliteError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        nodes, trouble = look_at_nodes(place, device, run_dir)
+        bandwidth = measure_all_reduce(config.size_mib << 20, device) if place.world_size > 1 else None
+    finally:
+        dist.destroy_process_group()
+    problems = list(find_problems(nodes, run_dir, trouble))
+    if place.rank == 0:
+        _print(nodes, bandwidth, problems, has_looked=not trouble)
+    return EXIT_RESOURCE if problems else EXIT_OK
+
+
+def measure(place: Place, num_bytes: int, result: Path) -> None:
+    """The rank of `megalite doctor nproc_per_node=N`: rank 0 writes the seconds and the backend to `result`."""
+    device = pick_device(place)
+    start_process_group(place, device)
+    try:
+        bandwidth = measure_all_reduce(num_bytes, device)
+    finally:
+        dist.destroy_process_group()
+    if place.rank == 0:
+        result.write_text(json.dumps(asdict(bandwidth)), encoding="utf-8")
+
+
+def measure_all_reduce(num_bytes: int, device: torch.device) -> Bandwidth:
+    """Time all-reduces of a float32 tensor over all ranks."""
+    tensor = torch.ones(num_bytes // 4, device=device)
+    times = torch.zeros(_WARM_UPS + _REPEATS, dtype=torch.float64, device=device)
+    for number in range(len(times)):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times[number] = time.perf_counter() - started
+        tensor.fill_(1.0)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    seconds = statistics.median(times[_WARM_UPS:].tolist())
+    return Bandwidth(dist.get_world_size(), dist.get_backend(), tensor.numel() * 4, seconds)
+
+
+def look_at_nodes(place: Place, device: torch.device, run_dir: Path) -> tuple[list[Node], str]:
+    """What every rank found, by rank, and why rank 0 could not work in `run_dir`; the same on all ranks."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    variable = "NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME"
+    interface = os.environ.get(variable) or "not set"
+    clock = _clock_offset()
+    sees, sees_rename, is_kept_out, trouble = _look_at_directory(place, run_dir)
+    own = Node(
+        place.rank,
+        place.local_rank,
+        socket.gethostname(),
+        name,
+        interface,
+        package_versions(),
+        clock,
+        sees,
+        sees_rename,
+        is_kept_out,
+    )
+    return _gather(own), trouble
+
+
+def find_problems(nodes: Sequence[Node], run_dir: Path, trouble: str = "") -> Iterator[str]:
+    """Why the hosts of the ranks cannot train together; `trouble`: why rank 0 could not work in `run_dir`."""
+    first = nodes[0]
+    if trouble:
+        yield f"run_dir: {first.name} cannot write, rename and lock in {run_dir.absolute()}: {trouble}"
+    for node in nodes:
+        if node.local_rank != 0:
+            continue
+        for package, version in first.versions.items():
+            if node.versions.get(package) != version:
+                found = node.versions.get(package)
+                yield f"{node.name} has {package} {found}, {first.name} has {version}: install the same"
+        if abs(node.clock) > CLOCK_SECONDS:
+            yield f"the clock of {node.name} is {node.clock:+.1f} s off that of {first.name}: let NTP set both"
+        if trouble:
+            continue
+        if node.sees is None:
+            yield (
+                f"run_dir: {run_dir.absolute()} is not the same directory on {node.name} as on {first.name}: put it on "
+                "a file system that all hosts share"
+            )
+        elif node.sees_rename is None:
+            yield (
+                f"run_dir: {node.name} does not see within {_SEEN_SECONDS:.0f} s that {first.name} put another file in "
+                f"the place of one in {run_dir.absolute()}: its file system holds on to old data for too long"
+            )
+        elif not node.is_kept_out:
+            yield (
+                f"run_dir: {node.name} gets a lock in {run_dir.absolute()} that {first.name} holds, so that two "
+                "trainings could write to one directory: mount it with locks that all hosts share (Lustre: -o flock)"
+            )
+
+
+def _clock_offset() -> float:
+    """Seconds by which this host's clock is ahead of rank 0's, within the time that ranks take to leave a barrier."""
+    offsets = []
+    for _ in range(_CLOCK_LOOKS):
+        dist.barrier()
+        times = _gather(time.time())
+        offsets.append(times[dist.get_rank()] - times[0])
+    return statistics.median(offsets)
+
+
+def _look_at_directory(place: Place, run_dir: Path) -> tuple[float | None, float | None, bool, str]:
+    """After how many seconds this rank saw a file, and a rename, of rank 0's; whether a lock held; rank 0's trouble.
+
+    Every rank takes part in the same collectives, whatever a disk does.
+    """
+    with ExitStack() as stack:
+        name = trouble = ""
+        try:
+            if place.rank == 0:
+                mark = stack.enter_context(shared_mark(run_dir, "first"))
+                fcntl.flock(stack.enter_context(open(mark, encoding="utf-8")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                name = mark.name
+        except OSError as error:
+            trouble = str(error)
+        name, trouble = _tell((name, trouble))
+        if trouble:
+            return None, None, False, trouble
+        mark = run_dir / name
+        sees = _seconds_until(lambda: _reads(mark) == "first")
+        is_kept_out = place.rank == 0 or sees is None or not _gets_lock(mark)
+        _gather(None)  # everybody has looked
+        try:
+            if place.rank == 0:
+                write_mark(mark, "second")
+        except OSError as error:
+            trouble = str(error)
+        trouble = _tell(trouble)
+        sees_rename = None if sees is None or trouble else _seconds_until(lambda: _reads(mark) == "second")
+        _gather(None)
+    return sees, sees_rename, is_kept_out, trouble
+
+
+def _print(nodes: Sequence[Node], bandwidth: Bandwidth | None, problems: Sequence[str], has_looked: bool) -> None:
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    rows = [("host", "ranks", "device", "interface", "clock", "run_dir", "rename", "lock"), *_rows(nodes, has_looked)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        console.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    console.print(", ".join(f"{name} {version}" for name, version in nodes[0].versions.items()))
+    if bandwidth:
+        console.print(f"all-reduce: {bandwidth}")
+    for problem in problems:
+        console.print(f"failed: {problem}", style="bold red")
+    if not problems:
+        console.print("these hosts can train together", style="green")
+
+
+def _rows(nodes: Sequence[Node], has_looked: bool) -> Iterator[tuple[str, ...]]:
+    for name in dict.fromkeys(node.name for node in nodes):
+        here = [node for node in nodes if node.name == name]
+        head = here[0]
+        ranks = f"{here[0].rank}-{here[-1].rank}" if len(here) > 1 else str(head.rank)
+        directory = (
+            "not shared" if head.sees is None else f"seen after {head.sees:.2f} s",
+            "not seen" if head.sees_rename is None else f"seen after {head.sees_rename:.2f} s",
+            "?" if head.sees is None else "holds" if head.is_kept_out else "does not hold",
+        )
+        seen = directory if has_looked else ("?",) * len(directory)
+        yield name, ranks, f"{len(here)} x {head.device}", head.interface, f"{head.clock:+.3f} s", *seen
+
+
+def _gather(value: T) -> list[T]:
+    """The value of every rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _tell(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    said = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
+def _seconds_until(condition: Callable[[], bool]) -> float | None:
+    started = time.monotonic()
+    while time.monotonic() - started < _SEEN_SECONDS:
+        if condition():
+            return time.monotonic() - started
+        time.sleep(_POLL_SECONDS)
+    return None
+
+
+def _reads(path: Path) -> str | None:
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8")
+    return None
+
+
+def _gets_lock(path: Path) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
