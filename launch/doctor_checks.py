@@ -18,6 +18,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from megalite.config.place import count_cores
 from megalite.config.schema import DoctorConfig
 
 Status = Literal["ok", "warn", "fail"]
@@ -169,7 +170,7 @@ def check_shared_memory(config: DoctorConfig) -> Iterator[Check]:
 
 def check_processor(config: DoctorConfig) -> Iterator[Check]:
     """Cores that this process may use, and whether the thread count fits."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     threads = os.environ.get("OMP_NUM_THREADS", "")
     found = f"{cores} cores, OMP_NUM_THREADS {threads or 'not set'}"
     if threads and not threads.isdecimal():

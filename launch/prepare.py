@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megalite.config.place import count_gpus
+from megalite.config.place import count_cores, count_gpus
 from megalite.config.schema import TrainConfig
 from megalite.config.schema_launch import LaunchConfig
 from megalite.config.validate import resolve_auto, validate_train
@@ -49,7 +49,7 @@ def import_for_ranks(training: Training) -> None:
     """The slow imports, once, in the process that ranks are forked from."""
     if training.world_size > 1 and training.device == "cpu":
         # Read when torch is imported: ranks share the cores.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // training.world_size)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // training.world_size)))
     import megalite.train  # noqa: F401
     from megalite.engine import preload
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megalite.config.place import Place
+from megalite.config.place import Place, count_cores
 from megalite.errors import ResourceError
 from megalite.network import interface_of, own_address
 from megalite.rendezvous import store_of_this_start
@@ -23,7 +23,7 @@ def pick_device(place: Place) -> torch.device:
     if not torch.cuda.is_available():
         if place.local_world_size > 1:
             # Ranks that fight for cores are slower than ranks that share them.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
+            torch.set_num_threads(max(1, count_cores() // place.local_world_size))
         return torch.device("cpu")
     if place.local_rank >= torch.cuda.device_count():
         raise ResourceError(

@@ -95,6 +95,11 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
         raise ConfigError(f"{name}={environment[name]!r} in the environment is not a whole number") from None
 
 
+def count_cores() -> int:
+    """Processor cores that this process may use: a batch system or a container may have left it a few."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count_gpus(environment: Mapping[str, str] | None = None) -> int:
     """NVIDIA GPUs that a process started here would see, counted without torch."""
     environment = os.environ if environment is None else environment

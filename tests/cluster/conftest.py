@@ -10,10 +10,11 @@ from tests.runs import write_store
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory) -> Iterator[Slurm]:
-    """A real Slurm of two nodes with accounting."""
+def cluster(tmp_path_factory, request) -> Iterator[Slurm]:
+    """A real Slurm of two nodes; with accounting, whose database takes a while, where all of this room is run."""
+    accounting = "not cluster" not in request.config.getoption("markexpr")
     try:
-        with slurm(tmp_path_factory.mktemp("cluster"), accounting=True) as running:
+        with slurm(tmp_path_factory.mktemp("cluster"), accounting=accounting) as running:
             yield running
     except Unfit as reason:
         pytest.skip(f"a real Slurm {reason}")

@@ -174,7 +174,7 @@ class Slurm:
         self, folder: Path, nodes: Sequence[str] = ("nodea", "nodeb"), cpus: int = 4, accounting: bool = False
     ):
         require((*SLURM, *(ACCOUNTING if accounting else ())))
-        self.folder, self.nodes, self._accounting = folder, list(nodes), accounting
+        self.folder, self.nodes, self.has_accounting = folder, list(nodes), accounting
         self.hosts = Hosts(folder, [CONTROLLER, *nodes])
         self._munged = 0
         try:
@@ -313,7 +313,7 @@ class Slurm:
             "MessageTimeout": 10, "InactiveLimit": 0, "KillWait": 10, "UnkillableStepTimeout": 20, "CompleteWait": 0,
             "MinJobAge": 3600, "JobRequeue": 1, "UsePAM": 0,
         }  # fmt: skip
-        if self._accounting:
+        if self.has_accounting:
             lines |= {
                 "AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageHost": address(CONTROLLER),
                 "AccountingStoragePort": 17819, "AccountingStoragePass": f"{folder}/munge/socket",

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from megalite.metrics.jsonl import read_metrics
-from tests.cluster.lab import BIN, wait_until
+from tests.cluster.lab import BIN, Slurm, wait_until
+
+FOUR = ("launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "launch.start_timeout=120", "launch.grace=10")
+STEPS = 80  # of a run that something happens to
 
 
 def train_command(run_dir: Path, store: Path, *overrides: str, steps: int = 10) -> list[str]:
@@ -36,3 +39,12 @@ def await_log(run_dir: Path, text: str, seconds: float) -> str:
 def log(run_dir: Path) -> str:
     """What the jobs of a run have written."""
     return "".join(path.read_text(errors="replace") for path in sorted(run_dir.glob("logs/slurm_*.log")))
+
+
+def start(cluster: Slurm, store: Path, run_dir: Path, *overrides: str) -> str:
+    """A job that has taken 40 steps and saved some; returns its number."""
+    command = train_command(run_dir, store, *FOUR, "checkpoint.save_every=20", *overrides, steps=STEPS)
+    done = cluster.user(*command, cwd=run_dir.parent)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: len(losses(run_dir)) >= 40, 180, lambda: f"it takes no steps: {log(run_dir)}")
+    return (run_dir / "job.txt").read_text().strip()

@@ -1,6 +1,5 @@
 """Two hosts, each with a network of its own: a rank is killed, a plug is pulled for good, and for a while."""
 
-import json
 import subprocess
 import time
 
@@ -8,10 +7,9 @@ import pytest
 
 from megalite.guard.run_state import read_state
 from tests.cluster.lab import wait_until
-from tests.cluster.runs import await_log, log, losses, train_command
+from tests.cluster.runs import STEPS, await_log, log, losses, start, train_command
 
 FOUR = ("launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "launch.start_timeout=120", "launch.grace=10")
-STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -21,29 +19,6 @@ def straight(store, tmp_path_factory):
     command = train_command(run_dir, store, "launch.nproc_per_node=4", steps=STEPS)
     subprocess.run(command, check=True, capture_output=True)
     return losses(run_dir)
-
-
-def start(cluster, store, run_dir, *overrides) -> str:
-    """A job that has taken 40 steps and saved some; returns its number."""
-    command = train_command(run_dir, store, *FOUR, "checkpoint.save_every=20", *overrides, steps=STEPS)
-    done = cluster.user(*command, cwd=run_dir.parent)
-    assert done.returncode == 0, done.stderr
-    wait_until(lambda: len(losses(run_dir)) >= 40, 180, lambda: f"it takes no steps: {log(run_dir)}")
-    return (run_dir / "job.txt").read_text().strip()
-
-
-def test_a_killed_rank_is_named_and_the_job_goes_on(cluster, store, straight, tmp_path):
-    run_dir = tmp_path / "run"
-    job = start(cluster, store, run_dir)
-    victim = json.loads((run_dir / "logs/heartbeats/rank_00003.json").read_text())
-    cluster.hosts.run(victim["host"], "kill", "-9", str(victim["pid"]))
-    began = time.monotonic()
-    await_log(run_dir, f"rank {victim['rank']} (pid {victim['pid']}) was ended by SIGKILL", 60)
-    assert time.monotonic() - began < 10
-    await_log(run_dir, "starting them again from step", 60)
-    assert cluster.wait_for(job, 240) == "COMPLETED", log(run_dir)
-    assert "continuing from" in log(run_dir)
-    assert losses(run_dir) == straight
 
 
 @pytest.mark.cluster

@@ -1,4 +1,4 @@
-"""`launch=slurm` on a real Slurm: two nodes, two CPU ranks each."""
+"""`launch=slurm` at its time limit, on a real Slurm."""
 
 import subprocess
 
@@ -6,34 +6,7 @@ import pytest
 
 from megalite.guard.run_state import read_state
 from tests.cluster.lab import wait_until
-from tests.cluster.runs import await_log, files, log, losses, train_command
-
-FOUR = ("launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "launch.start_timeout=120")
-
-
-@pytest.fixture(scope="module")
-def straight(store, tmp_path_factory):
-    """Ten steps of four ranks on one machine, with no launcher but ours."""
-    run_dir = tmp_path_factory.mktemp("straight") / "run"
-    subprocess.run(train_command(run_dir, store, "launch.nproc_per_node=4"), check=True, capture_output=True)
-    return run_dir
-
-
-@pytest.mark.parametrize("tasks", ["node", pytest.param("rank", marks=pytest.mark.cluster)])
-def test_a_job_of_two_nodes_learns_what_one_machine_learns(tasks, cluster, store, straight, tmp_path):
-    """One torchrun a node, or one task a rank."""
-    run_dir = tmp_path / "run"
-    command = train_command(run_dir, store, *FOUR, "launch.wait=true", f"launch.slurm.tasks={tasks}")
-    done = cluster.user(*command, cwd=tmp_path)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log(run_dir)}"
-    assert losses(run_dir) == pytest.approx(losses(straight), abs=1e-6)
-    assert files(run_dir) == files(straight)
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}
-    job = (run_dir / "job.txt").read_text().strip()
-    assert cluster.ask("sacct", "--noheader", "--jobs", job, "--format=JobName%20").split()[0] == "tiny"
-    for host in cluster.nodes:
-        assert f"host {host}: " in log(run_dir) or tasks == "rank"
-        assert not cluster.hosts.processes(host, "megalite")
+from tests.cluster.runs import FOUR, await_log, log, losses, train_command
 
 
 @pytest.mark.cluster

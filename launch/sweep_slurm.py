@@ -1,0 +1,82 @@
+"""A sweep under `launch=slurm`: one array, a task for each training that is left, or for each worker of a search."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+from megalite.config.frozen import save_config
+from megalite.errors import EXIT_FAILURE, EXIT_OK, ResourceError
+from megalite.log import get_logger
+
+from .slurm import JOB, SCRIPT, command, submit
+from .slurm_script import batch_script
+from .sweep_plan import Job, Sweep
+from .sweep_state import JOBS, is_finished
+
+log = get_logger(__name__)
+
+ARRAY_FILE = "array.json"  # the command, and the label of each task of the array
+_POLL_SECONDS = 2.0
+
+
+def start_array(sweep: Sweep, jobs: Sequence[Job], tasks: Iterable[int]) -> int:
+    """Submit `tasks` of `jobs`; returns 0 once they are in the queue, or with `launch.wait` when all have ended.
+
+    Raises `ResourceError` while an array of this sweep is still in the queue.
+    """
+    _refuse_a_second(sweep)
+    config = jobs[0].training.config
+    script = describe_array(sweep, jobs, tasks)
+    (sweep.directory / "logs").mkdir(parents=True, exist_ok=True)
+    for job in jobs if not sweep.settings.trials else ():
+        save_config(job.training.config, sweep.directory / JOBS / job.label / "config.yaml")
+    labels = [] if sweep.settings.trials else [job.label for job in jobs]
+    array = {"arguments": list(sweep.arguments), "labels": labels}
+    (sweep.directory / ARRAY_FILE).write_text(json.dumps(array, indent=1) + "\n", encoding="utf-8")
+    (sweep.directory / SCRIPT).write_text(script, encoding="utf-8")
+    number = submit(sweep.directory / SCRIPT)
+    (sweep.directory / JOB).write_text(number + "\n", encoding="utf-8")
+    print(f"job {number}: {sweep.directory / SCRIPT}; it writes to {sweep.directory / 'logs'}")
+    if not config.launch.wait:
+        return EXIT_OK
+    while is_queued(number):
+        time.sleep(_POLL_SECONDS)
+    return EXIT_OK if sweep.settings.trials or all(is_finished(job) for job in jobs) else EXIT_FAILURE
+
+
+def describe_array(sweep: Sweep, jobs: Sequence[Job], tasks: Iterable[int]) -> str:
+    """The script of the array."""
+    config = jobs[0].training.config
+    limit = f"%{sweep.settings.parallel}" if sweep.settings.parallel and not sweep.settings.trials else ""
+    body = [f"exec {shlex.join([sys.executable, '-m', 'megalite.launch.sweep_task', str(sweep.directory.absolute())])}"]
+    return batch_script(
+        sweep.name,
+        config.launch,
+        jobs[0].training.ranks_per_node,
+        sweep.directory.absolute() / "logs" / "slurm_%A_%a.log",
+        body,
+        array=",".join(map(str, tasks)) + limit,
+    )
+
+
+def is_queued(job: str) -> bool:
+    """Whether a job, or a task of an array, waits or runs. Raises `ResourceError` when Slurm does not answer."""
+    try:
+        return bool(command("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip())
+    except ResourceError as error:
+        if "Invalid job id" in str(error):
+            return False  # forgotten: it ended minutes ago
+        raise
+
+
+def _refuse_a_second(sweep: Sweep) -> None:
+    try:
+        job = (sweep.directory / JOB).read_text(encoding="utf-8").strip()
+    except OSError:
+        return
+    if is_queued(job):
+        raise ResourceError(
+            f"sweep.dir: job {job} of {sweep.directory} is in the queue; wait for it, or `scancel {job}` ends it"
+        )

@@ -1,0 +1,64 @@
+"""One task of a sweep's array: `python -m megalite.launch.sweep_task DIRECTORY`, from the script of `sweep_slurm`."""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from megalite.config.frozen import read_config
+from megalite.errors import ConfigError, MegaliteError, ResourceError
+from megalite.log import setup_logging
+
+from .slurm import command
+from .slurm_job import run_job
+from .sweep_plan import Sweep, read_command
+from .sweep_run import Slot, run_side_by_side
+from .sweep_search import Search
+from .sweep_slurm import ARRAY_FILE
+from .sweep_state import JOBS, Outcome, save_outcome
+
+
+def main(arguments: list[str]) -> int:
+    """Run the task's training, or trials until there are enough; returns the exit code."""
+    setup_logging()
+    try:
+        if len(arguments) != 1 or "SLURM_ARRAY_TASK_ID" not in os.environ:
+            raise ConfigError("megalite.launch.sweep_task runs in the array of a sweep, and nowhere else")
+        directory = Path(arguments[0])
+        array = json.loads((directory / ARRAY_FILE).read_text(encoding="utf-8"))
+        if not array["labels"]:
+            return _work(read_command(array["arguments"]))
+        return _train(directory, array["labels"][int(os.environ["SLURM_ARRAY_TASK_ID"])])
+    except MegaliteError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _train(directory: Path, label: str) -> int:
+    started = time.time()
+    print(f"training {label}", file=sys.stderr)
+    try:
+        code = run_job(read_config(directory / JOBS / label / "config.yaml"))
+    except MegaliteError as caught:
+        save_outcome(directory, label, Outcome(started, caught.exit_code, f"{type(caught).__name__}: {caught}"))
+        raise
+    save_outcome(directory, label, Outcome(started, code, f"exit code {code}" if code else ""))
+    return code
+
+
+def _work(sweep: Sweep) -> int:
+    """Trials until there are enough. Before its time limit the task goes back into the queue: more of them may wait."""
+    received: list[int] = []
+    search = Search(sweep)
+    code = run_side_by_side(search, [Slot(0)], sweep.directory, received)
+    if signal.SIGUSR1 in received and search.requeues:
+        with suppress(ResourceError):  # the training has seen to it already
+            command("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
