@@ -118,7 +118,7 @@ def test_what_a_run_leaves_behind(store, tmp_path):
     rows = train_on_ranks(config, 2)
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "config.yaml", "ds_config.json", "goodput.jsonl", "logs", "metrics.jsonl",
-        "run.lock",
+        "run.lock", "state.json",
     }  # fmt: skip
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"latest", "step_00000006"}
     assert {path.name for path in (run_dir / "logs").iterdir()} == {"heartbeats", "rank_0.log", "rank_1.log"}
