@@ -9,7 +9,7 @@ FOUR = ("launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "launch.sta
 STEPS = 80  # of a run that something happens to
 
 
-def train_command(run_dir: Path, store: Path, *overrides: str, steps: int = 10) -> list[str]:
+def train_command(run_dir: Path | str, store: Path, *overrides: str, steps: int = 10) -> list[str]:
     """`megalite train` of a tiny model at tensor 2; with four ranks data 2."""
     return [
         str(BIN / "megalite"), "train", "run_name=tiny", f"run_dir={run_dir}", f"data.train={store}",
@@ -48,3 +48,8 @@ def start(cluster: Slurm, store: Path, run_dir: Path, *overrides: str) -> str:
     assert done.returncode == 0, done.stderr
     wait_until(lambda: len(losses(run_dir)) >= 40, 180, lambda: f"it takes no steps: {log(run_dir)}")
     return (run_dir / "job.txt").read_text().strip()
+
+
+def read_outputs(folder: Path) -> str:
+    """What jobs have written below a folder."""
+    return "\n".join(f"{path}: {path.read_text(errors='replace')[-1500:]}" for path in sorted(folder.rglob("*.log")))
