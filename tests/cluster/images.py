@@ -19,6 +19,7 @@ from tests.cluster.lab import Unfit, require
 PACKAGES = ("podman", "crun", "debootstrap", "util-linux")
 DEBIAN = "bookworm"
 _BUILD_SECONDS = 2400
+_RUN_SECONDS = 900  # of a command in a container: against hanging, not a measure
 _FREE_BYTES = 10 * 2**30
 _CONFIGURATION = {
     "storage.conf": '[storage]\ndriver = "overlay"\ngraphroot = "{0}/store"\nrunroot = "{0}/run"\n',
@@ -90,9 +91,9 @@ class Images:
         """What the image says of itself."""
         return json.loads(self.podman("image", "inspect", image))[0]
 
-    def run(self, image: str, *words: str, options: Sequence[str] = (), seconds: float = 300) -> str:
+    def run(self, image: str, *words: str, options: Sequence[str] = ()) -> str:
         """What a command prints in a container of its own, which must end well."""
-        return self.podman("run", "--rm", *options, image, *words, seconds=seconds)
+        return self.podman("run", "--rm", *options, image, *words, seconds=_RUN_SECONDS)
 
     def start(self, image: str, *words: str, options: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
         """Start a container; the process that is returned ends with it, and with its exit code."""
