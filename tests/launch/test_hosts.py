@@ -81,9 +81,7 @@ def test_a_clock_and_a_directory_of_its_own(config, point, monkeypatch):
 def test_the_first_host_is_named_where_nobody_answers(config, point):
     launch = dataclasses.replace(config.launch, start_timeout=0.5)
     own = describe_host(config, "127.0.0.1")
-    with pytest.raises(
-        ResourceError, match=r"cannot reach the first host, .*within launch.start_timeout=0"
-    ):
+    with pytest.raises(ResourceError, match=r"cannot reach the first host, .*within launch.start_timeout=0"):
         room._report(dataclasses.replace(config, launch=launch), point, own, time.monotonic() + 0.5)
 
 
