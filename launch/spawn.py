@@ -38,7 +38,6 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
     rank dies with its parent.
     """
     context = multiprocessing.get_context("fork")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen on the loopback only
     with tempfile.TemporaryDirectory(prefix="megalite-") as folder:
         init_method = f"file://{Path(folder) / 'store'}"
         ranks = [
@@ -72,6 +71,7 @@ def _run(target: Callable[[Place], None], place: Place, parent: int, folder: Pat
         os._exit(EXIT_FAILURE)  # the parent died before the line above
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen on the loopback only
     code = 0
     try:
         target(place)

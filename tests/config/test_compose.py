@@ -136,7 +136,9 @@ def test_the_groups_are_found():
         *("experiment", "model", "parallel", "engine", "objective", "optimizer", "schedule", "launch"),
     }
     assert {"tiny", "gpt2_124m", "llama_70b"} <= set(groups["model"])
-    assert group_choices(schema_data.DataBuildConfig) == {"clean": ["chinese_web", "code", "none", "web"]}
+    launchers = ["deepspeed", "local", "slurm", "torchrun"]
+    built = {"clean": ["chinese_web", "code", "none", "web"], "launch": launchers}
+    assert group_choices(schema_data.DataBuildConfig) == built
     assert group_choices(schema_data.TokenizerTrainConfig) == {}
 
 

@@ -169,7 +169,9 @@ def tokenizer_record(folder: str, file: str) -> dict:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda copy: rewrite(copy, num_bytes=10**400), "num_bytes 1000"),
+        (lambda copy: rewrite(copy, num_bytes=10**400), "number is infinity"),
+        (lambda copy: rewrite(copy, num_bytes=10**30), "num_bytes: expected a whole number"),
+        (lambda copy: rewrite(copy, num_bytes=2**63 + 1), "num_bytes 9223372036854775809, allowed: 0 to"),
         (lambda copy: rewrite(copy, num_bytes=-1), "num_bytes -1, allowed: 0 to"),
         (lambda copy: rewrite(copy, vocab_size=2**40), "vocab_size 1099511627776, allowed: 0 to 4294967296"),
         (lambda copy: rewrite(copy, **tokenizer_record("..", "../x")), "'..', which is not inside the store"),

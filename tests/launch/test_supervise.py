@@ -41,11 +41,12 @@ def test_a_signal_reaches_ranks_and_not_the_launcher():
 
 def test_after_the_grace_all_are_ended():
     """The rank takes no notice of SIGUSR1."""
-    signal_me(1.0)
+    before = set(psutil.Process().children(recursive=True))  # of other tests in this process
+    signal_me(1.5)
     began = time.monotonic()
     assert run(STUBBORN, grace=1.0) == 128 + signal.SIGTERM
     assert time.monotonic() - began < 15
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_where_no_rank_listens_yet_there_is_nothing_to_wait_for():
