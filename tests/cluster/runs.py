@@ -27,7 +27,8 @@ def losses(run_dir: Path) -> list[float]:
 def files(run_dir: Path) -> set[str]:
     """What a run leaves, but for what differs from start to start."""
     names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
-    return {name for name in names if "slurm_" not in name and not name.startswith("job.")}
+    ours = ("logs/slurm_", "logs/starts_", "job.")
+    return {name for name in names if not name.startswith(ours)}
 
 
 def await_log(run_dir: Path, text: str, seconds: float) -> str:
