@@ -1,13 +1,11 @@
 """`launch=deepspeed`: DeepSpeed's own launcher, on this machine or over the hosts of a hostfile."""
 
-import json
 import shlex
 import sys
 import tempfile
 from pathlib import Path
 
-from megalite.config.compose import config_values
-from megalite.config.frozen import FROZEN
+from megalite.config.frozen import FROZEN, encoded_config
 from megalite.errors import ConfigError
 
 from .lives import run_lives
@@ -28,7 +26,7 @@ def start_deepspeed(training: Training) -> int:
             # Over ssh only those variables travel that stand in this file, each on one line.
             sent = config.launch.environment | {"OMP_NUM_THREADS": environment["OMP_NUM_THREADS"]}
             lines = [f"{name}={value}" for name, value in sent.items()]
-            lines.append(f"{FROZEN}={json.dumps(config_values(config))}")
+            lines.append(f"{FROZEN}={encoded_config(config)}")
             (Path(folder) / "environment").write_text("\n".join(lines) + "\n")
             environment["DS_ENV_FILE"] = str(Path(folder) / "environment")
             return supervise(deepspeed_command(training), environment, config.launch.grace)

@@ -24,6 +24,7 @@ log = get_logger(__name__)
 
 _LINE_BYTES = 1 << 20
 _POLL_SECONDS = 0.2
+_APPEARS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _store(path: str) -> str:
 def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:
     """The first host: hear the others, judge, tell them."""
     hosts, answers = [own], []
-    with shared_mark(Path(config.run_dir)) as mark, socket.create_server((own.address, point.port + 1)) as server:
+    with shared_mark(Path(config.run_dir)) as mark, _listen(own.address, point.port + 1) as server:
         server.settimeout(_POLL_SECONDS)
         blind = []  # hosts that do not see what is written to run_dir here
         while len(hosts) < config.launch.nodes and time.monotonic() < deadline:
@@ -112,16 +113,25 @@ def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
     return hosts, problems
 
 
+def _listen(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family)
+    except OSError as error:
+        raise ResourceError(
+            f"{socket.gethostname()} cannot listen on {address}:{port}: {error.strerror}; choose another launch.port"
+        ) from None
+
+
 def _report(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:
     """Any other host: tell the first one, and hear what it makes of all."""
     address, port, reason = point.address, point.port + 1, ""
     while time.monotonic() < deadline:
         try:
             with socket.create_connection((address, port), timeout=_POLL_SECONDS * 10) as connection:
-                asked = time.time()
                 first = _receive(connection)
-                clock = asked - float(first["time"])  # too large by the way back: milliseconds
-                sees = (Path(config.run_dir) / str(first["mark"])).exists()
+                clock = time.time() - float(first["time"])  # too large by the way here: milliseconds
+                sees = _appears(Path(config.run_dir) / str(first["mark"]))
                 host = asdict(own) | {"clock": clock}
                 _send(connection, {"config": config.run_name, "host": host, "sees": sees})
                 connection.settimeout(max(deadline - time.monotonic(), 0) + _POLL_SECONDS * 10)
@@ -134,6 +144,16 @@ def _report(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
         f"{own.name} cannot reach the first host, {address}:{port}, within launch.start_timeout="
         f"{config.launch.start_timeout:.0f} s: {reason}. Was the run started there? Does a firewall close the port?"
     )
+
+
+def _appears(mark: Path) -> bool:
+    """Whether a file is here, soon: a network file system remembers for a while that there was none."""
+    deadline = time.monotonic() + _APPEARS_SECONDS
+    while not mark.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _missing(config: TrainConfig, hosts: Sequence[Host], names: Sequence[str]) -> Iterator[str]:

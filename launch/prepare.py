@@ -8,7 +8,10 @@ from megalite.config.place import count_cores, count_gpus
 from megalite.config.schema import TrainConfig
 from megalite.config.schema_launch import LaunchConfig
 from megalite.config.validate import resolve_auto, validate_train
+from megalite.log import get_logger
 from megalite.preflight import preflight
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,17 @@ def prepare(config: TrainConfig, change: Callable[[TrainConfig], TrainConfig] = 
     return Training(config, world_size, device)
 
 
+def given_environment(launch: LaunchConfig) -> dict[str, str]:
+    """The variables of `launch.environment`, told to the log."""
+    given = {name: str(value) for name, value in launch.environment.items()}
+    if given:
+        log.info("launch.environment: %s", " ".join(f"{name}={value}" for name, value in given.items()))
+    return given
+
+
 def import_for_ranks(training: Training) -> None:
-    """The slow imports, once, in the process that ranks are forked from."""
+    """The slow imports, once, in the process that ranks are forked from, and the variables that ranks are to have."""
+    os.environ.update(given_environment(training.config.launch))
     if training.world_size > 1 and training.device == "cpu":
         # Read when torch is imported: ranks share the cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // training.world_size)))

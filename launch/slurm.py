@@ -23,7 +23,11 @@ SCRIPT = "job.sbatch"
 JOB = "job.txt"  # the number of the job that was submitted last
 _POLL_SECONDS = 2.0  # `sbatch --wait` looks ever more seldom, up to half a minute
 _COMMAND_SECONDS = 60.0  # a client whose controller is gone waits for minutes
-_STATES_OF_A_JOB_TO_COME = ("PENDING", "RUNNING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "COMPLETING")
+_PATIENCE_SECONDS = 600.0  # that a controller may be away while a job is waited for
+_FINAL_STATES = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
+    "REVOKED",
+)  # fmt: skip
 
 
 def start_slurm(training: Training) -> int:
@@ -66,8 +70,22 @@ def submit(script: Path, after: Sequence[str] = ()) -> str:
     return command("sbatch", "--parsable", *dependency(after), str(script)).strip().partition(";")[0]
 
 
-def command(*arguments: str) -> str:
-    """What a command of Slurm prints. Raises `ResourceError` when it fails, and `ConfigError` when there is none."""
+def command(*arguments: str, patience: float = 0.0) -> str:
+    """What a command of Slurm prints. Raises `ResourceError` when it fails, and `ConfigError` when there is none.
+
+    `patience`: seconds for which it is tried again; Slurm's controller may be restarted at any time.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _command_once(*arguments)
+        except ResourceError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(min(patience, 10.0))
+
+
+def _command_once(*arguments: str) -> str:
     if shutil.which(arguments[0]) is None:
         raise ConfigError(f"launch: found slurm, but there is no {arguments[0]} on this host; allowed: where Slurm is")
     try:
@@ -84,16 +102,16 @@ def command(*arguments: str) -> str:
 
 def wait_for(job: str) -> int:
     """Wait until a job has ended for good; returns its exit code (EXIT_FAILURE when Slurm ended it)."""
-    while (found := job_state(job))[0] in _STATES_OF_A_JOB_TO_COME:
+    while (found := job_state(job, _PATIENCE_SECONDS))[0] not in _FINAL_STATES:
         time.sleep(_POLL_SECONDS)
     state, code = found
     print(f"job {job}: {state}, exit code {code}", file=sys.stderr)
     return code if state != "COMPLETED" else EXIT_OK
 
 
-def job_state(job: str) -> tuple[str, int]:
+def job_state(job: str, patience: float = 0.0) -> tuple[str, int]:
     """A job's state in Slurm's words, and its exit code (128 + a signal's number)."""
-    text = command("scontrol", "--oneliner", "show", "job", job).splitlines()[0]
+    text = command("scontrol", "--oneliner", "show", "job", job, patience=patience).splitlines()[0]
     state = re.search(r"\bJobState=(\S+)", text)
     code = re.search(r"\bExitCode=(\d+):(\d+)", text)
     if not state or not code:
@@ -113,7 +131,7 @@ def _refuse_a_second(run_dir: Path) -> None:
         state = job_state(job)[0]
     except (OSError, ResourceError):
         return  # none, or Slurm has forgotten it
-    if state in _STATES_OF_A_JOB_TO_COME and job != os.environ.get("SLURM_JOB_ID"):
+    if state not in _FINAL_STATES and job != os.environ.get("SLURM_JOB_ID"):
         raise ResourceError(
             f"run_dir: job {job} of {run_dir} is {state}; `scancel {job}` ends it, another run_name is another run"
         )

@@ -1,6 +1,7 @@
 """`megalite data build launch=slurm`: an array of jobs for the parts, and one more that puts them together."""
 
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def build_scripts(config: DataBuildConfig, arguments: Sequence[str], folder: Pat
     kept = [word for word in arguments if word.partition("=")[0].partition(".")[0] not in names]
     command = ["exec", sys.executable, "-m", "megalite.launch.cli", "data", "build", *kept]
     words = " ".join(shlex.quote(word) for word in command)
-    name = Path(config.output).name
+    name = re.sub(r"[^\w.-]", "_", Path(config.output).name)
     launch = _without_dependencies(config.launch)
     scripts = []
     if config.parts > 1:

@@ -13,8 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from megalite.config.frozen import sent_config
+from megalite.config.place import port_of_job
 from megalite.config.schema import TrainConfig
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ConfigError, MegaliteError, ResourceError
+from megalite.guard.observer import read_json
 from megalite.guard.run_state import RunState, read_state
 from megalite.log import setup_logging
 
@@ -23,9 +25,9 @@ from .prepare import world_of
 from .slurm import command
 
 _POLL_SECONDS = 0.2
+_REQUEUE_SECONDS = 600.0  # in which the controller may be away when the job goes back into the queue
 _LAST_SECONDS = 10.0  # between TERM and KILL for an srun that waits for a lost node
-_STARTS_IN_VAIN = 10  # in a row, after which a job does not go back into the queue
-_MASTER_PORT = 20000  # for ranks that srun starts, plus a part of the job's number: jobs may share a node
+_STARTS_IN_VAIN = 4  # in a row, after which a job does not go back into the queue
 
 
 def main() -> int:
@@ -62,7 +64,7 @@ def run_job(config: TrainConfig) -> int:
         )
     print(f"job {job}: from step {began} to {stands}; back into the queue", file=sys.stderr)
     sys.stderr.flush()
-    command("scontrol", "requeue", job)
+    command("scontrol", "requeue", job, patience=_REQUEUE_SECONDS)
     return EXIT_REQUEUE
 
 
@@ -70,8 +72,10 @@ def _refuse_starts_in_vain(run_dir: Path, job: str, restarts: int, began: int) -
     """A job that comes back from the queue again and again, and stands where it stood, is ended with a word."""
     path = run_dir / "logs" / f"starts_{job}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    starts = json.loads(path.read_text()) if restarts and path.is_file() else []
-    path.write_text(json.dumps([*starts, began]))
+    starts = read_json(path, []) if restarts else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps([*starts, began]))
+    temporary.replace(path)
     if len(starts) >= _STARTS_IN_VAIN and set(starts[-_STARTS_IN_VAIN:]) == {began}:
         raise ResourceError(f"{_STARTS_IN_VAIN} starts of job {job} have brought no step: all began at {began}")
 
@@ -146,7 +150,7 @@ def _code(code: int, state: RunState | None, was_asked: bool) -> int:
 
 
 def _meeting_point(config: TrainConfig, hosts: list[str]) -> dict[str, str]:
-    port = config.launch.port or _MASTER_PORT + int(os.environ["SLURM_JOB_ID"]) % 10000
+    port = config.launch.port or port_of_job(int(os.environ["SLURM_JOB_ID"]))
     return {"MEGALITE_HOSTS": " ".join(hosts), "MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)}
 
 

@@ -67,7 +67,8 @@ def _options(name: str, launch: LaunchConfig, ranks_per_node: int, log: Path) ->
     if slurm.exclusive:
         yield "--exclusive"
     yield from dependency(slurm.after)
-    yield f'--output="{log}"'
+    # Only its name holds marks of Slurm's.
+    yield f'--output="{str(log.parent).replace("%", "%%")}/{log.name}"'
     yield "--open-mode=append"
     yield "--requeue" if slurm.requeue else "--no-requeue"
     if slurm.signal_seconds:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from megalite.errors import EXIT_OK, EXIT_REQUEUE
 from megalite.guard.signals import SIGNALS, TOGETHER_SECONDS
 
 _POLL_SECONDS = 0.1
@@ -49,6 +50,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], grace: flo
             time.sleep(_POLL_SECONDS)
         code = child.wait()
         tree.end()
+    if received and code not in (EXIT_OK, EXIT_REQUEUE):
+        return 128 + signal.SIGTERM  # it was asked to end: whatever it took, that is no failure of the ranks
     return code if code >= 0 else 128 - code
 
 

@@ -6,11 +6,11 @@ import sys
 
 from megalite.config.frozen import FROZEN, config_yaml
 from megalite.config.schema import TrainConfig
-from megalite.network import addresses_of, is_own, own_address
+from megalite.network import addresses_of, is_own, outer_address
 
 from .hosts import MeetingPoint, meet
 from .lives import run_lives
-from .prepare import Training
+from .prepare import Training, given_environment
 from .supervise import clean_environment, supervise
 
 PORT = 29400  # torchrun's own default
@@ -59,7 +59,7 @@ def torchrun_command(config: TrainConfig, nproc: int, point: MeetingPoint | None
 
 def rank_environment(config: TrainConfig) -> dict[str, str]:
     """The variables of ranks: this process's, those of `launch.environment`, and the frozen configuration."""
-    given = {name: str(value) for name, value in config.launch.environment.items()}
+    given = given_environment(config.launch)
     return clean_environment() | {"OMP_NUM_THREADS": _threads()} | given | {FROZEN: config_yaml(config)}
 
 
@@ -71,7 +71,7 @@ def _threads() -> str:
 def host_address(config: TrainConfig, point: MeetingPoint) -> str:
     """This host's address in the network between the hosts."""
     interface = config.launch.interface
-    return addresses_of(interface)[0] if interface else own_address(point.address)
+    return addresses_of(interface)[0] if interface else outer_address(point.address)
 
 
 def _meeting_point(training: Training) -> MeetingPoint | None:

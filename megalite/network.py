@@ -1,5 +1,6 @@
 """Which way leads to another host."""
 
+import ipaddress
 import socket
 
 import psutil
@@ -8,7 +9,11 @@ from megalite.errors import ResourceError
 
 
 def own_address(towards: str) -> str:
-    """This host's own IP address on the way to the host `towards`. Raises `ResourceError` when there is no way."""
+    """This host's own IP address on the way to the host `towards`. Raises `ResourceError` when there is no way.
+
+    The name of this host itself may stand for a loopback address, as Debian writes it into /etc/hosts: see
+    `outer_address`.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -18,6 +23,26 @@ def own_address(towards: str) -> str:
         raise ResourceError(
             f"{socket.gethostname()} finds no way to {towards}: {error}; see launch.address, or the names in /etc/hosts"
         ) from None
+
+
+def outer_address(towards: str) -> str:
+    """As `own_address`, for a network between hosts: never a loopback address, which no other host can reach."""
+    address = own_address(towards)
+    if not ipaddress.ip_address(address).is_loopback:
+        return address
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = [
+        own.address
+        for name, all_of in sorted(psutil.net_if_addrs().items())
+        for own in all_of
+        if name in up and own.family == socket.AF_INET and not ipaddress.ip_address(own.address).is_loopback
+    ]
+    if len(found) != 1:
+        raise ResourceError(
+            f"{towards} is {address} on {socket.gethostname()}, which no other host can reach, and it has "
+            f"{', '.join(found) or 'no address'} besides: choose with launch.interface, or mend /etc/hosts"
+        )
+    return found[0]
 
 
 def interface_of(address: str) -> str:
@@ -41,9 +66,11 @@ def addresses_of(interface: str) -> list[str]:
 
 def is_own(address: str) -> bool:
     """Whether the host name or address `address` is this host."""
+    if address == socket.gethostname():
+        return True
     try:
         wanted = {str(info[4][0]) for info in socket.getaddrinfo(address, None)}
     except OSError:
         return False
     own = {found.address.partition("%")[0] for all_of in psutil.net_if_addrs().values() for found in all_of}
-    return bool(wanted & own)
+    return bool(wanted & own) or all(ipaddress.ip_address(found).is_loopback for found in wanted)

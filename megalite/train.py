@@ -14,7 +14,7 @@ from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import GuardConfig, TrainConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.data.format import TokenStore
-from megalite.errors import ConfigError, DataError, MegaliteError, Preempted, ResourceError
+from megalite.errors import CheckpointError, ConfigError, DataError, MegaliteError, Preempted, ResourceError
 from megalite.guard.goodput import GOODPUT, GoodputClock, format_goodput, process_started
 from megalite.guard.heartbeat import Heartbeat
 from megalite.guard.lock import RunLock
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         train(preflight(config), place)
     except MegaliteError as error:
         # All ranks find the same fault in the configuration; one in its machine only the rank that is there finds.
-        if place.rank == 0 or isinstance(error, ResourceError):
+        if place.rank == 0 or isinstance(error, ResourceError | DataError | CheckpointError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -87,7 +87,7 @@ def work_directory(work: Path, units: Sequence[Unit]) -> Iterator[None]:
         yield
     except BaseException:
         done = [unit for unit in units if read_done(unit.folder)]
-        if len(done) < len(units) and sum(map(_num_bytes, done)) > SEGMENT_BYTES:
+        if sum(map(_num_bytes, done)) > SEGMENT_BYTES:
             log.warning("%d of %d parts are done and kept in %s: the same command goes on", len(done), len(units), work)
         else:
             shutil.rmtree(work)

@@ -1,5 +1,6 @@
 """The frozen configuration: as YAML in a run directory, and on the way to ranks in an environment variable."""
 
+import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from megalite.errors import ConfigError
 
 # A launcher of ours composes and checks once and sends the result along with the job, whose hosts may share no disk.
 FROZEN = "MEGALITE_CONFIG"
+_ENCODED = "base64:"
 
 
 def config_yaml(config: Any) -> str:
@@ -39,12 +41,19 @@ def read_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
 
 
+def encoded_config(config: TrainConfig) -> str:
+    """The configuration as a word that no shell changes, for launchers that write variables into a command line."""
+    return _ENCODED + base64.b64encode(config_yaml(config).encode()).decode()
+
+
 def sent_config(environment: Mapping[str, str] | None = None) -> TrainConfig | None:
     """The configuration that a launcher of ours sent to this process, validated and complete; None: it sent none.
 
     Raises `ConfigError` when it does not fit the schema: another version of megalite is installed here.
     """
-    text = (os.environ if environment is None else environment).get(FROZEN)
+    text = (os.environ if environment is None else environment).get(FROZEN, "")
+    if text.startswith(_ENCODED):
+        text = base64.b64decode(text.removeprefix(_ENCODED)).decode()
     return _load(text, f"the environment variable {FROZEN}") if text else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megalite.config.schema import DataConfig, Precision, StoreConfig, TrainConfig
-from megalite.config.validate_launch import launch_rules
+from megalite.config.validate_launch import launch_rules, slurm_path_rules
 from megalite.config.validate_layout import is_positive, layout_rules
 from megalite.errors import ConfigError
 from megalite.redaction import has_secret
@@ -183,7 +183,9 @@ def _run_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
 
 
 def _launch_rules(config: TrainConfig, world_size: int) -> Iterator[str]:
-    return launch_rules(config.launch)
+    yield from launch_rules(config.launch)
+    if config.launch.name == "slurm":
+        yield from slurm_path_rules("run_dir", config.run_dir)
 
 
 def _secrets_in(value: Any, key: str = "") -> Iterator[str]:

@@ -46,6 +46,12 @@ def launch_rules(launch: LaunchConfig) -> Iterator[str]:
     yield from _slurm_rules(launch.slurm)
 
 
+def slurm_path_rules(key: str, path: str) -> Iterator[str]:
+    """A line where `path`, of `key`, cannot be written into a batch script."""
+    if re.search(r"[\"\\\n]", path):
+        yield f"{key}: found {path!r}; in a batch script a path holds no quotes, backslashes or line ends"
+
+
 def build_launch_rules(launch: LaunchConfig, parts: int) -> Iterator[str]:
     """A line for every rule that the launch of a data build in so many parts breaks: it has no ranks."""
     if launch.name not in ("local", "slurm"):
@@ -58,6 +64,9 @@ def build_launch_rules(launch: LaunchConfig, parts: int) -> Iterator[str]:
     for field in dataclasses.fields(launch):
         if getattr(launch, field.name) != getattr(kept, field.name):
             yield f"launch.{field.name}: found {getattr(launch, field.name)!r}, which a build has no use for"
+    for key in ("container", "mounts", "tasks"):
+        if getattr(launch.slurm, key) != getattr(SlurmConfig(), key):
+            yield f"launch.slurm.{key}: found {getattr(launch.slurm, key)!r}, which a build has no use for"
     if launch.name == "local" and parts != 1:
         yield f"parts: found {parts}, which are jobs of launch=slurm; on one machine see workers"
     yield from launch_rules(launch)

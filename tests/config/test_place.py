@@ -1,6 +1,13 @@
 import pytest
 
-from megalite.config.place import Place, count_gpus, drop_local_rank, place_from_environment
+from megalite.config.place import (
+    Place,
+    count_gpus,
+    drop_local_rank,
+    first_host,
+    place_from_environment,
+    port_of_job,
+)
 from megalite.errors import ConfigError
 
 TORCHRUN = {
@@ -21,6 +28,36 @@ def test_under_torchrun_and_under_deepspeed():
     assert place_from_environment(TORCHRUN) == Place(3, 1, 4, 2, "env://", "localhost", 29500)
     without = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
     assert place_from_environment(without) == Place(3, 1, 4, 4, "env://", "localhost", 29500)
+
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_ID": "6001",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "gpu[07-08,11],login",
+}  # fmt: skip
+
+
+def test_under_srun_a_task_a_rank():
+    assert place_from_environment(SRUN) == Place(3, 1, 5, 2, "tcp://gpu07:20002", "gpu07", 20002)
+    given = SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "29400", "SLURM_NODEID": "2"}
+    assert place_from_environment(given) == Place(3, 1, 5, 1, "tcp://head:29400", "head", 29400)
+    assert place_from_environment(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) == Place(), "a batch script"
+    without = {name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}
+    with pytest.raises(ConfigError, match="sets SLURM_STEP_NUM_TASKS but not SLURM_LOCALID"):
+        place_from_environment(without)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a", "a"), ("a,b[1-2]", "a"), ("gpu[03-05,9],x", "gpu03"), ("n[7]", "n7"), ("rack[1-2]n[3-4]", "rack1n3")],
+)
+def test_the_first_of_a_list_of_hosts(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_jobs_side_by_side_meet_on_ports_of_their_own():
+    ports = [port + more for job in range(1, 300) for port in [port_of_job(job)] for more in (0, 1)]
+    assert len(set(ports)) == len(ports)
+    assert all(1024 <= port_of_job(job) < 32768 for job in range(20_000))
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])

@@ -44,7 +44,7 @@ def write_log(folder, rank, *lines):
             file.write(f"{stamp(NOW - before)} {level} megalite.trainer: {text}\n")
 
 
-def write_heartbeat(folder, rank, before=0.0, phase="step", host="node2", step=7):
+def write_heartbeat(folder, rank, before=0.0, phase="step", host="node2", step=7, now=NOW):
     """The record of a rank that was last heard of `before` seconds ago."""
     path = folder / "logs" / "heartbeats" / f"rank_{rank:05d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,5 +53,4 @@ def write_heartbeat(folder, rank, before=0.0, phase="step", host="node2", step=7
         progress=9, published=9,
     )  # fmt: skip
     path.write_text(json.dumps(asdict(record)).ljust(1024))
-    heard = time.time() - before  # not NOW, which may be minutes ago: whether a rank lives is told by the clock
-    os.utime(path, (heard, heard))
+    os.utime(path, (now - before, now - before))

@@ -4,6 +4,7 @@ import copy
 import csv
 import functools
 import sys
+import time
 from pathlib import Path
 
 from megalite.config.compose import compose_train, config_values
@@ -48,3 +49,11 @@ def read_table(directory):
     """The rows of sweep.csv."""
     with open(directory / "sweep.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def wait_until(holds, seconds=30):
+    """Poll; fails the test when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

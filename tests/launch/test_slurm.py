@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalite.config.compose import compose_train
-from megalite.config.frozen import FROZEN, sent_config
+from megalite.config.frozen import FROZEN, encoded_config, sent_config
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_launch import time_limit
 from megalite.errors import ConfigError, ResourceError
@@ -88,6 +88,9 @@ def test_the_configuration_travels_in_the_script_and_arrives_as_it_was(tmp_path)
     probe.write_text("\n".join([*lines[:-1], f'printf %s "${FROZEN}"']))
     text = subprocess.run(["bash", probe], capture_output=True, text=True, check=True).stdout
     assert sent_config({FROZEN: text}) == config.config
+    word = encoded_config(config.config)
+    assert shlex.quote(word.replace(":", "").replace("=", "")) == word.replace(":", "").replace("=", "")
+    assert sent_config({FROZEN: word}) == config.config
 
 
 @pytest.mark.parametrize(

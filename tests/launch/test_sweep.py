@@ -23,13 +23,8 @@ from megalite.launch.sweep_state import Row
 from megalite.launch.sweep_table import best_of
 from megalite.metrics.jsonl import read_metrics
 from megalite.preflight import preflight
-from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub
-from tests.runs import tiny_config, write_store
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("stores") / "words")
+from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub, wait_until
+from tests.runs import tiny_config
 
 
 @pytest.fixture
@@ -194,14 +189,6 @@ def start(arguments, directory):
     process = multiprocessing.get_context("fork").Process(target=run_command, args=(arguments, directory))
     process.start()
     return process
-
-
-def wait_until(holds, seconds=20):
-    """Poll; fails the test when it takes too long."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import sqlite3
-import time
 from pathlib import Path
 
 import optuna
@@ -19,16 +18,11 @@ from megalite.launch.cli import main
 from megalite.launch.sweep_plan import read_command
 from megalite.launch.sweep_search import Search
 from megalite.metrics.jsonl import read_metrics
-from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub
+from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub, wait_until
 from tests.runs import write_store
 
 LR = "optimizer.lr=tag(log,interval(1e-5,1e-1))"
 DIRECTORY = Path("outputs/sweeps/s")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("stores") / "words")
 
 
 @pytest.fixture
@@ -47,13 +41,6 @@ def start(arguments):
     process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(main(arguments)))
     process.start()
     return process
-
-
-def wait_until(holds, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def lives():

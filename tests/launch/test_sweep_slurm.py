@@ -16,7 +16,6 @@ from megalite.launch.slurm import JOB
 from megalite.launch.sweep_slurm import is_queued
 from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub
 from tests.launch.test_sweep_search import LR, lives, run_by_hand, trials, wait_until
-from tests.runs import write_store
 
 DIRECTORY = Path("outputs/sweeps/s")
 SLURM = {
@@ -24,11 +23,6 @@ SLURM = {
     "scontrol": 'echo "$@" > requeued',
     "squeue": '[ -e queue ] && exec cat queue; echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("stores") / "words")
 
 
 @pytest.fixture
