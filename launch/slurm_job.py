@@ -26,6 +26,7 @@ from .slurm import command
 
 _POLL_SECONDS = 0.2
 _REQUEUE_SECONDS = 600.0  # in which the controller may be away when the job goes back into the queue
+_MARGIN_SECONDS = 30.0  # for Slurm's own part in ending a step
 _LAST_SECONDS = 10.0  # between TERM and KILL for an srun that waits for a lost node
 _STARTS_IN_VAIN = 4  # in a row, after which a job does not go back into the queue
 
@@ -105,7 +106,9 @@ class _Step:
     def run(self) -> int:
         """Start ranks and wait for all; returns their exit code."""
         environment = dict(os.environ) | _meeting_point(self._config, self._hosts)
-        before, told, gone, grace = read_state(self._run_dir), 0, None, self._config.launch.grace
+        before, told, gone = read_state(self._run_dir), 0, None
+        # What is left of ranks and torchruns on nodes that answer is ended within this time.
+        patience = 2 * self._config.launch.grace + _MARGIN_SECONDS
         child = subprocess.Popen(srun_command(self._config), env=environment)
         while child.poll() is None:
             time.sleep(_POLL_SECONDS)
@@ -115,8 +118,8 @@ class _Step:
             state = _life_since(before, self._run_dir)
             has_failed = state is not None and state.state in ("failed", "died")
             gone = (gone or time.monotonic()) if has_failed else None
-            if gone is not None and time.monotonic() > gone + grace:
-                print(f"srun waits for a node since the ranks ended {grace:.0f} s ago: ending it", file=sys.stderr)
+            if gone is not None and time.monotonic() > gone + patience:
+                print(f"srun waits for a node since the ranks ended {patience:.0f} s ago: ending it", file=sys.stderr)
                 self.has_lost_a_host = True
                 _end(child)
         state = _life_since(before, self._run_dir)

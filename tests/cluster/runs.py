@@ -47,7 +47,7 @@ def start(cluster: Slurm, store: Path, run_dir: Path, *overrides: str) -> str:
     command = train_command(run_dir, store, *FOUR, "checkpoint.save_every=20", *overrides, steps=STEPS)
     done = cluster.user(*command, cwd=run_dir.parent)
     assert done.returncode == 0, done.stderr
-    wait_until(lambda: len(losses(run_dir)) >= 40, 180, lambda: f"it takes no steps: {log(run_dir)}")
+    wait_until(lambda: len(losses(run_dir)) >= 40, 400, lambda: f"it takes no steps: {log(run_dir)}")
     return (run_dir / "job.txt").read_text().strip()
 
 

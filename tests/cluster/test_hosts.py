@@ -28,7 +28,7 @@ def test_a_host_that_is_cut_off_is_named_and_the_job_goes_on_when_it_is_back(clu
     cluster.hosts.cut("nodeb")
     try:
         await_log(run_dir, "on nodeb are cut off from ", 20 + 10)
-        wait_until(lambda: not cluster.hosts.processes("nodea", "megalite"), 90, lambda: log(run_dir))
+        wait_until(lambda: not cluster.hosts.processes("nodea", "megalite"), 120, lambda: log(run_dir))
         wait_until(lambda: not cluster.hosts.processes("nodeb", "megalite"), 60, "ranks live on where nobody sees them")
         cluster.wait_for(job, 90, "PENDING")
     finally:

