@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 _LINE_BYTES = 1 << 20
 _POLL_SECONDS = 0.2
-_APPEARS_SECONDS = 5.0
+_APPEARS_SECONDS = 1.0  # well below what the first host waits for one that has come
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,14 @@ def _report(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
 
 
 def _appears(mark: Path) -> bool:
-    """Whether a file is here, soon: a network file system remembers for a while that there was none."""
+    """Whether a file is here, soon. Its folder is read: of a name, a network file system may remember its absence."""
     deadline = time.monotonic() + _APPEARS_SECONDS
-    while not mark.exists():
-        if time.monotonic() > deadline:
-            return False
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            if any(path.name == mark.name for path in mark.parent.iterdir()):
+                return True
         time.sleep(_POLL_SECONDS)
-    return True
+    return False
 
 
 def _missing(config: TrainConfig, hosts: Sequence[Host], names: Sequence[str]) -> Iterator[str]:
