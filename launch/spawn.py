@@ -78,17 +78,22 @@ def _run(target: Callable[[Place], None], place: Place, parent: int, folder: Pat
     except MegaliteError as error:
         message = f"{type(error).__name__}: {error}"
         if _is_first_to_say(message, folder):
-            print(f"rank {place.rank}: {message}", file=sys.stderr)
+            _say(f"rank {place.rank}: {message}")
         code = error.exit_code
     except SystemExit as exit_request:
         code = exit_request.code if isinstance(exit_request.code, int) else EXIT_FAILURE
     except BaseException:
-        print(f"rank {place.rank}:\n{traceback.format_exc()}", file=sys.stderr)
+        _say(f"rank {place.rank}:\n{traceback.format_exc()}")
         code = EXIT_FAILURE
     sys.stdout.flush()
     sys.stderr.flush()
     # Skip the interpreter's teardown: process groups hold threads that may wait for a peer which has already gone.
     os._exit(code)
+
+
+def _say(text: str) -> None:
+    """Write a line in one piece: `print` writes text and newline apart, and an unbuffered stream mixes ranks up."""
+    sys.stderr.write(f"{text}\n")
 
 
 def _is_first_to_say(message: str, folder: Path) -> bool:

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MegaliteError as error:
         # All ranks find the same fault in the configuration; one in its machine only the rank that is there finds.
         if place.rank == 0 or isinstance(error, ResourceError | DataError | CheckpointError):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")  # in one piece: `print` writes the newline apart
         return error.exit_code
     return 0
 
