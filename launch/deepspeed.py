@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalite.config.frozen import FROZEN, encoded_config
 from megalite.errors import ConfigError
+from megalite.network import free_port
 
 from .lives import run_lives
 from .prepare import Training
@@ -39,7 +40,7 @@ def deepspeed_command(training: Training) -> list[str]:
     launch = training.config.launch
     command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={training.ranks_per_node}"]
     if launch.nodes == 1:
-        command += ["--master_addr=127.0.0.1", f"--master_port={launch.port or PORT}"]
+        command += ["--master_addr=127.0.0.1", f"--master_port={launch.port or free_port()}"]
     else:
         hosts = _hosts(Path(str(launch.hostfile)))
         if len(hosts) < launch.nodes:

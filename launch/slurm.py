@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalite.config.frozen import config_yaml
+from megalite.config.frozen import config_to_send
 from megalite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, ResourceError
 from megalite.guard.lock import is_locked
 from megalite.log import get_logger
@@ -48,7 +48,7 @@ def script_of(training: Training) -> str:
     """The batch script of a training."""
     config = training.config
     folder = Path(config.run_dir).absolute() / "logs"
-    body = training_body(config_yaml(config))
+    body = training_body(config_to_send(config))
     return batch_script(config.run_name, config.launch, training.ranks_per_node, folder / "slurm_%j.log", body)
 
 

@@ -67,10 +67,14 @@ def search(plan: Sweep, job: Job) -> int:
         code = run_side_by_side(trials, slots, plan.directory)
     rows, metric = trials.rows(), metric_of(plan.settings, config)
     show(plan, rows, metric)
+    if code != EXIT_OK:
+        return code
+    # Where the command itself trains, what has not ended yet is another worker's.
+    was_awaited = left > 0 and config.launch.name == "slurm" and config.launch.wait
+    is_short = was_awaited and trials.num_ended < int(plan.settings.trials or 0)
     failed = [row for row in rows if row.state == "failed"]
-    if code == EXIT_OK and failed and best_of(rows, metric, plan.settings.direction) is None:
-        return EXIT_FAILURE
-    return code
+    is_in_vain = bool(failed) and best_of(rows, metric, plan.settings.direction) is None
+    return EXIT_FAILURE if is_short or is_in_vain else EXIT_OK
 
 
 class Grid:

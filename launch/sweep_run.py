@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from megalite.config.frozen import FROZEN, config_yaml
+from megalite.config.frozen import FROZEN, config_to_send
 from megalite.config.place import count_gpus
 from megalite.config.schema import TrainConfig
 from megalite.errors import EXIT_OK, EXIT_REQUEUE
@@ -130,7 +130,7 @@ def _settle(child: _Child, directory: Path, was_asked: bool) -> int:
 
 def _start(job: Job, slot: Slot) -> _Child:
     """A training's process, its output appended to a file in its run directory."""
-    environment = clean_environment() | {FROZEN: config_yaml(_placed(job, slot))}
+    environment = clean_environment() | {FROZEN: config_to_send(_placed(job, slot))}
     if slot.cores:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(slot.cores) // job.training.ranks_per_node)))
     if slot.gpus:

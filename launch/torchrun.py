@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 
-from megalite.config.frozen import FROZEN, config_yaml
+from megalite.config.frozen import FROZEN, config_to_send
 from megalite.config.schema import TrainConfig
 from megalite.network import addresses_of, is_own, outer_address
 
@@ -60,7 +60,7 @@ def torchrun_command(config: TrainConfig, nproc: int, point: MeetingPoint | None
 def rank_environment(config: TrainConfig) -> dict[str, str]:
     """The variables of ranks: this process's, those of `launch.environment`, and the frozen configuration."""
     given = given_environment(config.launch)
-    return clean_environment() | {"OMP_NUM_THREADS": _threads()} | given | {FROZEN: config_yaml(config)}
+    return clean_environment() | {"OMP_NUM_THREADS": _threads()} | given | {FROZEN: config_to_send(config)}
 
 
 def _threads() -> str:

@@ -8,6 +8,12 @@ import psutil
 from megalite.errors import ResourceError
 
 
+def free_port() -> int:
+    """A TCP port that nobody on this host listens on; another process may be quicker to take it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def own_address(towards: str) -> str:
     """This host's own IP address on the way to the host `towards`. Raises `ResourceError` when there is no way.
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megalite.config.place import Place, count_cores
 from megalite.errors import ResourceError
 from megalite.network import interface_of, own_address
-from megalite.rendezvous import store_of_this_start
+from megalite.rendezvous import meet_ranks
 
 _SHOWN_COLLECTIVES = 16
 _TIMEOUT = timedelta(minutes=30)
@@ -49,11 +49,14 @@ def last_collectives() -> dict[str, list[tuple[int, str]]]:
     return {group: collectives[-_SHOWN_COLLECTIVES:] for group, collectives in found.items()}
 
 
-def start_process_group(place: Place, device: torch.device, interface: str | None = None) -> None:
+def start_process_group(
+    place: Place, device: torch.device, interface: str | None = None, patience: float = 300.0
+) -> None:
     """Join the other ranks: NCCL on GPUs, gloo on CPUs; a world of one needs no rendezvous.
 
     `interface` is that of the network between hosts; None: the one that leads to where ranks meet. What gloo and NCCL
-    find in the environment stands above it. Raises `ResourceError` when it is not there.
+    find in the environment stands above it. Raises `ResourceError` when it is not there, or when some ranks have not
+    come within `patience` seconds.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if interface or place.address:
@@ -62,7 +65,12 @@ def start_process_group(place: Place, device: torch.device, interface: str | Non
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     if interface:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    store = dist.HashStore() if place.init_method is None else store_of_this_start(place, _TIMEOUT)
+    store: dist.Store | None = None  # forked ranks meet in a file, and who forked them sees one that dies
+    if place.init_method is None:
+        store = dist.HashStore()
+    elif place.address:
+        store = meet_ranks(place, patience)
+        store.set_timeout(_TIMEOUT)
     dist.init_process_group(
         backend,
         init_method=None if store else place.init_method,

@@ -75,7 +75,7 @@ def train(config: TrainConfig, place: Place) -> None:
         signals = stack.enter_context(contextlib.closing(StopSignals()))
         vitals = Vitals(clock, signals, heartbeat)
         vitals.enter("start", "process group")
-        start_process_group(place, device, config.launch.interface)
+        start_process_group(place, device, config.launch.interface, config.launch.start_timeout)
         stack.callback(dist.destroy_process_group)
         vitals.enter("start", "configuration")
         if place.rank == 0:

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from megalite.errors import ConfigError
 
 # A launcher of ours composes and checks once and sends the result along with the job, whose hosts may share no disk.
 FROZEN = "MEGALITE_CONFIG"
-_ENCODED = "base64:"
+_ENCODED = "zlib+base64:"
+_MOST_BYTES = (128 << 10) - 256  # Linux takes 128 KiB for one variable, name and end included
 
 
 def config_yaml(config: Any) -> str:
@@ -42,8 +44,23 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def encoded_config(config: TrainConfig) -> str:
-    """The configuration as a word that no shell changes, for launchers that write variables into a command line."""
-    return _ENCODED + base64.b64encode(config_yaml(config).encode()).decode()
+    """The configuration as a word that no shell changes, for launchers that write variables into a command line.
+
+    Raises `ConfigError` when it is larger than a process can be given.
+    """
+    word = _ENCODED + base64.b64encode(zlib.compress(config_yaml(config).encode(), 9)).decode()
+    if len(word) > _MOST_BYTES:
+        raise ConfigError(
+            f"the configuration takes {len(word)} bytes, compressed, and a process is given at most {_MOST_BYTES} of "
+            "it: put the stores of data.train together with `megalite data merge`"
+        )
+    return word
+
+
+def config_to_send(config: TrainConfig) -> str:
+    """The value of the environment variable that ranks read: plain YAML, or `encoded_config` where that is too long."""
+    text = config_yaml(config)
+    return text if len(text.encode()) <= _MOST_BYTES else encoded_config(config)
 
 
 def sent_config(environment: Mapping[str, str] | None = None) -> TrainConfig | None:
@@ -53,7 +70,7 @@ def sent_config(environment: Mapping[str, str] | None = None) -> TrainConfig | N
     """
     text = (os.environ if environment is None else environment).get(FROZEN, "")
     if text.startswith(_ENCODED):
-        text = base64.b64decode(text.removeprefix(_ENCODED)).decode()
+        text = zlib.decompress(base64.b64decode(text.removeprefix(_ENCODED))).decode()
     return _load(text, f"the environment variable {FROZEN}") if text else None
 
 

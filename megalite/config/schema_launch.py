@@ -41,7 +41,7 @@ class LaunchConfig:
     address: str | None = None  # where ranks of several hosts meet: the first host's name; slurm and deepspeed know it
     port: int | None = None  # there; null: a free one on one host, 29400 on several
     interface: str | None = None  # between hosts, such as ib0; null: the one that leads to the first host
-    start_timeout: float = 300.0  # seconds that hosts wait for one another
+    start_timeout: float = 300.0  # seconds that hosts, and then their ranks, wait for one another
     grace: float = 60.0  # seconds that ranks have to save and end before they are killed
     hostfile: str | None = None  # deepspeed: hosts and their slots, one a line
     environment: dict[str, Any] = field(default_factory=dict)  # variables for the ranks, such as NCCL_DEBUG; printed

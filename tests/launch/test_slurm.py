@@ -1,6 +1,8 @@
 """What is handed to Slurm: the script, and what the commands of Slurm are asked; a real one is in tests/cluster."""
 
+import dataclasses
 import os
+import secrets
 import shlex
 import subprocess
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalite.config.compose import compose_train
-from megalite.config.frozen import FROZEN, encoded_config, sent_config
+from megalite.config.frozen import FROZEN, config_to_send, config_yaml, encoded_config, sent_config
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_launch import time_limit
 from megalite.errors import ConfigError, ResourceError
@@ -89,8 +91,26 @@ def test_the_configuration_travels_in_the_script_and_arrives_as_it_was(tmp_path)
     text = subprocess.run(["bash", probe], capture_output=True, text=True, check=True).stdout
     assert sent_config({FROZEN: text}) == config.config
     word = encoded_config(config.config)
+    assert len(word) < len(config_yaml(config.config)), "compressed"
     assert shlex.quote(word.replace(":", "").replace("=", "")) == word.replace(":", "").replace("=", "")
     assert sent_config({FROZEN: word}) == config.config
+
+
+def test_a_configuration_of_thousands_of_stores_reaches_the_ranks():
+    """Linux gives a process no variable of more than 128 KiB."""
+    config = training("launch=slurm", "launch.nproc_per_node=2").config
+    assert config_to_send(config) == config_yaml(config), "plain, for who reads a batch script"
+    # Paths differ in one number, as those of a corpus in parts do.
+    stores = tuple(dataclasses.replace(config.data.train[0], path=f"/data/corpus/{i:04d}/train") for i in range(4000))
+    large = dataclasses.replace(config, data=dataclasses.replace(config.data, train=stores))
+    assert len(config_yaml(large)) > 128 << 10
+    text = config_to_send(large)
+    done = subprocess.run(["sh", "-c", f'printf %s "${FROZEN}"'], env={FROZEN: text}, capture_output=True, text=True)
+    assert sent_config({FROZEN: done.stdout}) == large
+    names = [secrets.token_hex(40) for _ in range(4000)]
+    noise = tuple(dataclasses.replace(store, path=name) for store, name in zip(stores, names, strict=True))
+    with pytest.raises(ConfigError, match=r"the configuration takes \d+ bytes, compressed, .* at most 130816 .*merge"):
+        config_to_send(dataclasses.replace(config, data=dataclasses.replace(config.data, train=noise)))
 
 
 @pytest.mark.parametrize(

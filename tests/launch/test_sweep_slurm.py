@@ -152,6 +152,15 @@ def test_the_tasks_of_a_search_are_workers_on_one_study(command, monkeypatch):
     assert not Path("submitted.sh").exists()
 
 
+def test_an_array_of_workers_that_did_nothing_is_a_failure(command, monkeypatch):
+    """Whether they were cancelled or never found their Python: who waits is told."""
+    monkeypatch.setattr(sweep_slurm.time, "sleep", lambda seconds: None)
+    search = [*command, LR, "sweep.trials=2", "launch.wait=true"]
+    assert main(search) == 1
+    assert run_tasks(monkeypatch, [0], None) == [0]
+    assert main(search) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_worker_whose_time_is_up_goes_back_into_the_queue(command, monkeypatch, number):
     """And one that a person cancels does not; its trial waits for the next worker either way."""
