@@ -21,6 +21,7 @@ from megalite.data.loader import Loader
 from megalite.data.packing import write_packing
 from megalite.engine import Engine
 from megalite.errors import CheckpointError, ConfigError, DataError, MegaliteError
+from megalite.guard.vitals import Vitals
 from megalite.launch.spawn import spawn_ranks
 from megalite.metrics.jsonl import read_metrics
 from megalite.preflight import preflight
@@ -417,6 +418,24 @@ def test_where_the_last_save_succeeds_the_one_before_need_not(store, tmp_path, m
     fail_writes_of(3, 99, monkeypatch)
     train_on_ranks(config, 1)
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000004"]
+
+
+def test_waits_that_come_once_are_sections_of_their_own_to_the_watchdog(store, tmp_path, monkeypatch):
+    """The last asynchronous save takes as long as the disk does, and closing as long as a tracker's last upload."""
+    checkpoint = {"save_every": 2, "asynchronous": True}
+    config = tiny_config(tmp_path / "run", store, model=SMALL, trainer={"steps": 2}, checkpoint=checkpoint)
+    enter, phases = Vitals.enter, tmp_path / "phases"
+
+    def noted(self, section, detail="", step=None):
+        with open(phases, "a") as file:
+            file.write(f"{section}: {detail}\n")
+        enter(self, section, detail, step)
+
+    monkeypatch.setattr(Vitals, "enter", noted)
+    train_on_ranks(config, 1)
+    assert phases.read_text().splitlines()[-5:] == [
+        "save: ", "other: ", "save: files", "other: ", "other: closing",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -119,6 +119,26 @@ def test_two_runs_of_another_launcher_are_compared(defect, capsys):
     assert "step 4: loss is " in shown.err
 
 
+def test_a_run_is_not_compared_with_itself(defect, capsys):
+    """Under whatever name: it would be the same always."""
+    _, kept = defect
+    assert main(["resume-check", f"resume_check.compare=[{kept}/again,{kept}/stopped/../again]"]) == 2
+    assert "again twice: name a run that was interrupted and one that was not" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_no_difference_and_no_sameness(defect, tmp_path, capsys):
+    """Its manifest gives the digest of what it was."""
+    _, kept = defect
+    shutil.copytree(kept / "again", tmp_path / "other")
+    folder = tmp_path / "other/checkpoints" / checkpoint_name(4)
+    path = folder / read_manifest(folder).files[0].name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert main(["resume-check", f"resume_check.compare=[{kept}/straight,{tmp_path}/other]"]) == 4
+    assert re.search(rf"CheckpointError: {path}: its digest is \w+, the manifest says", capsys.readouterr().err)
+
+
 def test_checkpoints_are_compared_where_the_rows_agree(defect):
     """The figures of the last step are those before its update: only the checkpoint tells."""
     _, kept = defect
