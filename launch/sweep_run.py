@@ -21,7 +21,6 @@ from megalite.log import get_logger
 from .supervise import clean_environment
 from .sweep_plan import Job
 from .sweep_state import outcome_of, save_outcome
-from .torchrun import PORT
 
 log = get_logger(__name__)
 
@@ -161,11 +160,11 @@ def job_command() -> list[str]:
 
 
 def _placed(job: Job, slot: Slot) -> TrainConfig:
-    """The configuration, with a port of its own where the launcher would take the same one for all."""
+    """The configuration, with a port of its own where all would take the given one."""
     config = job.training.config
-    if config.launch.name != "deepspeed" or not slot.number:
+    if config.launch.port is None or not slot.number:
         return config
-    return replace(config, launch=replace(config.launch, port=(config.launch.port or PORT) + 2 * slot.number))
+    return replace(config, launch=replace(config.launch, port=config.launch.port + 2 * slot.number))
 
 
 def _send(child: _Child, number: int) -> None:

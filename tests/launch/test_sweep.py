@@ -17,7 +17,8 @@ from megalite.config.schema_sweep import SweepConfig
 from megalite.guard.run_state import read_state
 from megalite.launch import sweep_job, sweep_plan, sweep_run
 from megalite.launch.cli import main
-from megalite.launch.sweep_plan import label_of, read_command
+from megalite.launch.prepare import Training
+from megalite.launch.sweep_plan import Job, label_of, read_command
 from megalite.launch.sweep_run import slots_of
 from megalite.launch.sweep_state import Row
 from megalite.launch.sweep_table import best_of
@@ -246,6 +247,19 @@ def test_gpus_and_cores_are_shared_out(monkeypatch, command, capsys):
     monkeypatch.setattr(sweep_plan, "count_gpus", lambda: 4)
     assert main([*command, "seed=1,2", "sweep.parallel=3", "launch.nproc_per_node=2"]) == 2
     assert "sweep.parallel: found 3, but there are 4 GPUs for trainings of 2 each" in capsys.readouterr().err
+
+
+def test_trainings_side_by_side_do_not_take_one_port(tmp_path):
+    """Launchers take a free one each; a given one is the first of several."""
+    launch = {"name": "deepspeed", "nproc_per_node": 2}
+
+    def placed(number, **more):
+        config = tiny_config(tmp_path / "run", "store", launch=launch | more)
+        training = Training(config, 2, "cpu")
+        return sweep_run._placed(Job("x", (), training, ""), sweep_run.Slot(number)).launch.port
+
+    assert [placed(number) for number in range(3)] == [None] * 3
+    assert [placed(number, port=7000) for number in range(3)] == [7000, 7002, 7004]
 
 
 def test_the_best_is_a_finite_result_of_a_training_at_its_end():

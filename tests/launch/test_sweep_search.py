@@ -262,17 +262,17 @@ def test_without_optuna(command, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_real_search_and_the_command_that_repeats_its_best(store, tmp_path, monkeypatch, capsys):
-    """Two workers, one of them killed; the printed line, given to a shell, reaches the same loss."""
+    """Twelve trials, three workers, one of them killed; the printed line, given to a shell, reaches the same loss."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["train", "-m", f"data.train={store}", *MODEL, LR, "sweep.trials=4", "sweep.name=s"]
-    workers = [start(arguments) for _ in range(2)]
-    wait_until(lambda: len(list(DIRECTORY.glob("*/logs/sweep.log"))) == 2, 300)
+    arguments = ["train", "-m", f"data.train={store}", *MODEL, LR, "sweep.trials=12", "sweep.name=s"]
+    workers = [start(arguments) for _ in range(3)]
+    wait_until(lambda: len(list(DIRECTORY.glob("*/logs/sweep.log"))) == 3, 300)
     os.kill(workers[0].pid, signal.SIGKILL)
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [-9, 0]
-    assert trials() == [(number, "COMPLETE") for number in range(4)]
+    assert [worker.exitcode for worker in workers] == [-9, 0, 0]
+    assert trials() == [(number, "COMPLETE") for number in range(12)]
     assert main(arguments) == 0
     best = next(row for row in read_table(DIRECTORY) if row["best"])
     words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
