@@ -44,12 +44,12 @@ def build_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     colours = dict(zip(sources, (COLOURS[1 + i % (len(COLOURS) - 1)] for i in range(len(sources))), strict=True))
 
     def training(key: str, factor: float = 1.0) -> list[Series]:
-        return [Series("training", _points(rows, key, factor), COLOURS[0])]
+        return [Series("training", points_of(rows, key, factor), COLOURS[0])]
 
     def evaluation(key: str) -> list[Series]:
-        return [Series(name, _points(rows, f"eval/{name}/{key}"), colours[name], False) for name in sources]
+        return [Series(name, points_of(rows, f"eval/{name}/{key}"), colours[name], False) for name in sources]
 
-    norms = [value for _, value in _points(rows, "grad_norm") if value > 0]
+    norms = [value for _, value in points_of(rows, "grad_norm") if value > 0]
     spread = bool(norms) and max(norms) > 30 * min(norms)
     charts = [
         Chart("Loss", "nats per token", training("loss") + evaluation("loss"), smooth=True),
@@ -120,9 +120,11 @@ def _draw(chart: Chart, width: float, height: float, ink: str, grid: str) -> Any
         axes.set_ylim(bottom=0)
     if len(chart.series) > 1 or not chart.series[0].is_training:
         # Above the curves, where it can cover none of them.
+        columns = 4 if max(len(series.label) for series in chart.series) < 24 else 2
         axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, labelcolor=ink, borderpad=0
-        )
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9, labelcolor=ink,
+            borderpad=0,
+        )  # fmt: skip
     return figure
 
 
@@ -148,6 +150,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _points(rows: Sequence[Mapping[str, Any]], key: str, factor: float = 1.0) -> list[tuple[int, float]]:
+def points_of(rows: Sequence[Mapping[str, Any]], key: str, factor: float = 1.0) -> list[tuple[int, float]]:
+    """The curve of a figure: (step, value) where it is finite, times `factor`."""
     values = ((row["step"], row.get(key)) for row in rows)
     return [(step, value * factor) for step, value in values if value is not None and math.isfinite(value)]

@@ -55,7 +55,7 @@ def render_page(
     parts = [
         f"<header><h1>{escape(title)}</h1><div class='soft'>{escape(subtitle)}</div></header><dl>{cards}</dl>",
         _evaluation_table(evaluations) if evaluations else "",
-        f"<section class='charts'>{''.join(_chart(chart, wide=i == 0) for i, chart in enumerate(charts))}</section>",
+        f"<section class='charts'>{''.join(render_chart(one, wide=i == 0) for i, one in enumerate(charts))}</section>",
         _section("Text it wrote", f"<pre class='text'>{escape(samples)}</pre>") if samples else "",
         _section("What next", f"<pre>{_command_lines(commands)}</pre>"),
         f"<section><details><summary>Configuration</summary><pre>{escape(config)}</pre></details></section>",
@@ -79,7 +79,8 @@ def _section(heading: str, content: str) -> str:
     return f"<section><h2>{escape(heading)}</h2>{content}</section>"
 
 
-def _chart(chart: Chart, wide: bool) -> str:
+def render_chart(chart: Chart, wide: bool) -> str:
+    """A section with one picture; a wide one has the page's full width."""
     unit = f" <small>{escape(chart.unit)}</small>" if chart.unit else ""
     svg = chart_svg(chart, 10.5, 4.0) if wide else chart_svg(chart, 5.2, 2.9)
     return f"<section{' class=wide' if wide else ''}><h2>{escape(chart.title)}{unit}</h2>{svg}</section>"

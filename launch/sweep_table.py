@@ -6,9 +6,15 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalite.metrics.jsonl import read_metrics
 
 from .sweep_plan import Sweep, short_names
-from .sweep_state import Row
+from .sweep_state import METRICS, Row
+
+if TYPE_CHECKING:
+    from .report_charts import Chart
 
 CSV_FILE = "sweep.csv"
 HTML_FILE = "sweep.html"
@@ -17,9 +23,14 @@ _SHOWN_ERROR = 160  # characters on the terminal; the files have all of it
 
 def best_of(rows: Sequence[Row], metric: str, direction: str) -> Row | None:
     """The training at its end with the best finite `metric`, the first of several equal ones; None without any."""
-    fit = [row for row in rows if row.is_done and math.isfinite(row.figures.get(metric, math.nan))]
+    return next((row for row in _ranked(rows, metric, direction) if row.is_done), None)
+
+
+def _ranked(rows: Sequence[Row], metric: str, direction: str) -> list[Row]:
+    """Those with a finite `metric`, the best first."""
     sign = -1 if direction == "maximize" else 1
-    return min(fit, key=lambda row: sign * row.figures[metric], default=None)
+    fit = [row for row in rows if math.isfinite(row.figures.get(metric, math.nan))]
+    return sorted(fit, key=lambda row: sign * row.figures[metric])
 
 
 def show(sweep: Sweep, rows: Sequence[Row], metric: str) -> None:
@@ -101,8 +112,24 @@ def _csv(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | None
     return text.getvalue()
 
 
+def _curves(sweep: Sweep, rows: Sequence[Row], metric: str) -> "Chart | None":
+    """How `metric` came about in the best trainings, as many as colours can tell apart; None where nothing is known."""
+    from .report_charts import COLOURS, Chart, Series, points_of
+
+    best = _ranked(rows, metric, sweep.settings.direction)[: len(COLOURS)]
+    curves = [points_of(read_metrics(row.run_dir / METRICS), metric) for row in best]
+    is_training = not metric.startswith("eval/")
+    series = [
+        Series(row.label, points, colour, is_training)
+        for row, points, colour in zip(best, curves, COLOURS, strict=False)
+        if points
+    ]
+    title = metric if len(series) == len(rows) else f"{metric}, the best {len(series)} of {len(rows)}"
+    return Chart(title, "", series, smooth=True) if series else None
+
+
 def _page(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | None, metric: str) -> str:
-    from .report_page import render_document
+    from .report_page import render_chart, render_document
 
     headings = [*sweep.keys, "state", "step", *map(_heading, columns), "run directory"]
     head = "".join(f"<th>{escape(name)}</th>" for name in headings)
@@ -119,6 +146,8 @@ def _page(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | Non
     if best is not None:
         heading = f"Best: {best.label}, {metric} {best.figures[metric]:.6g}"
         parts.append(f"<section><h2>{escape(heading)}</h2><pre>{escape(best.command)}</pre></section>")
+    if chart := _curves(sweep, rows, metric):
+        parts.append(render_chart(chart, wide=True))
     if errors := [f"{row.label}: {row.error}" for row in rows if row.error]:
         parts.append(f"<section><h2>Errors</h2><pre class='text'>{escape(chr(10).join(errors))}</pre></section>")
     return render_document(sweep.name, "".join(parts))

@@ -1,4 +1,4 @@
-"""R15: of ten minutes with a fault every three, how much is training."""
+"""R15: of twenty minutes with a fault every three, how much is training."""
 
 import os
 import random
@@ -17,7 +17,7 @@ from megalite.metrics.jsonl import read_metrics
 from tests.faults.supervisor import end_run, rank_pids, run_once, start_run
 from tests.runs import tiny_config, write_store
 
-WORLD, SECONDS, BETWEEN, SAVE_SECONDS = 2, 600.0, 180.0, 30.0
+WORLD, SECONDS, BETWEEN, SAVE_SECONDS = 2, 1200.0, 180.0, 30.0
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 300, "max_sequence_length": 128}
 FAULTS = ("kill a rank", "kill the launcher", "SIGTERM", "stop a rank", "damage and kill", "full disk")
 SEED = int(os.environ.get("MEGALITE_TEST_SEED", 20260101))
@@ -151,22 +151,20 @@ def config_of(run_dir: Path, store: Path, steps: int, save_every: int):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("half", [0, 1])
-def test_nine_tenths_of_the_time_is_training(half, disk, tmp_path):
-    """Two times ten minutes, which together meet all faults, in a drawn order at drawn moments.
+def test_nine_tenths_of_the_time_is_training(disk, tmp_path):
+    """All faults of the catalogue, in a drawn order at drawn moments.
 
     A start is forked from a process that holds the imports, as `megalite train` forks its ranks.
     """
     folder, is_mounted = disk
     source = random.Random(SEED)
-    faults = source.sample(FAULTS, len(FAULTS))[3 * half :][:3]
-    source = random.Random(SEED + half)
+    faults = source.sample(FAULTS, len(FAULTS))
     store = write_store(tmp_path / "words", num_documents=400)
     (tmp_path / "pace").mkdir()
     assert run_once(config_of(tmp_path / "pace/run", store, 12, 0), WORLD) == 0
     pace = sorted(row["step_seconds"] for row in read_metrics(tmp_path / "pace/run/metrics.jsonl"))[6]
     save_every = max(1, round(SAVE_SECONDS / pace))
-    print(f"\nseed {SEED}, half {half}: {pace:.2f} s a step, saved every {save_every} steps: {faults}", flush=True)
+    print(f"\nseed {SEED}: {pace:.2f} s a step, saved every {save_every} steps: {faults}", flush=True)
     patient = Patient(config_of(folder, store, 1_000_000, save_every), is_mounted, source)
     try:
         for number, fault in enumerate(faults):
@@ -188,8 +186,7 @@ def test_nine_tenths_of_the_time_is_training(half, disk, tmp_path):
     newest = newest_checkpoint(folder)
     assert newest is not None
     assert int(newest.name.removeprefix("step_")) == lives[-1].last_step
-    if "full disk" not in faults:  # where rows may be lost
-        rows = read_metrics(folder / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(1, lives[-1].last_step + 1))
+    steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
+    assert steps == sorted(set(steps)), "a full disk loses rows, and none stands twice"
     shutil.copy(folder / GOODPUT, tmp_path / "goodput.jsonl")
     assert ratio >= 0.90

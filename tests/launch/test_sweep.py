@@ -278,6 +278,9 @@ def test_the_page_runs_nothing_and_loads_nothing(quick, command):
     page = Path("outputs/sweeps/s/sweep.html").read_text()
     assert "default-src 'none'" in page
     assert page.count("<tr") == 5
+    (picture,) = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert 'aria-label="loss, the best 2 of 4"' in picture, "two failed before their first step"
+    assert [label in picture for label in ("lr=0.001,weight_decay=0.1", "lr=0.01,weight_decay=0.1")] == [True, True]
     assert page.count("<tr class='best'>") == 1
     assert "DataError: a planted one" in page
     assert not re.search(r"<script|src=|https?:", page)
