@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,23 @@ def write_store(path: Path, documents, vocab_size=100, shard_tokens=10**9) -> To
 def documents(num: int, vocab_size=100, seed=0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.integers(1, vocab_size, rng.integers(1, 30)) for _ in range(num)]
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_opening_leaves_the_garbage_collector_as_it_was(tmp_path, was_enabled):
+    """It is paused meanwhile; also where the manifest is damaged."""
+    path = write_store(tmp_path / "store", documents(3)).path
+    try:
+        if not was_enabled:
+            gc.disable()
+        TokenStore.open(path)
+        assert gc.isenabled() is was_enabled
+        (path / "manifest.json").write_text('{"format_version": 2, "shards": 3}')
+        with pytest.raises(DataError, match="damaged"):
+            TokenStore.open(path)
+        assert gc.isenabled() is was_enabled
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 17, 50, 10**9])
