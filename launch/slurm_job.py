@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megalite.config.frozen import sent_config
+from megalite.config.frozen import FROZEN, config_to_send, sent_config
 from megalite.config.place import port_of_job
 from megalite.config.schema import TrainConfig
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ConfigError, MegaliteError, ResourceError
@@ -105,7 +105,8 @@ class _Step:
 
     def run(self) -> int:
         """Start ranks and wait for all; returns their exit code."""
-        environment = dict(os.environ) | _meeting_point(self._config, self._hosts)
+        sent = {FROZEN: config_to_send(self._config)}  # a task of a sweep found it in a file
+        environment = dict(os.environ) | sent | _meeting_point(self._config, self._hosts)
         before, told, gone = read_state(self._run_dir), 0, None
         # What is left of ranks and torchruns on nodes that answer is ended within this time.
         patience = 2 * self._config.launch.grace + _MARGIN_SECONDS

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.config.frozen import read_config
+from megalite.config.frozen import FROZEN, read_config, sent_config
 from megalite.errors import ResourceError
 from megalite.launch import sweep_plan, sweep_slurm, sweep_task
 from megalite.launch.cli import main
@@ -116,6 +116,23 @@ def test_a_task_takes_the_configuration_of_its_number(command, monkeypatch):
     run_tasks(monkeypatch, [3, 1], lambda config: seen.append(config) or 0)
     assert [(config.optimizer.lr, config.seed) for config in seen] == [(0.01, 2), (0.001, 2)]
     assert read_config(DIRECTORY / "jobs" / "lr=0.01,seed=2" / "config.yaml") == seen[0]
+
+
+def test_the_ranks_of_a_task_are_sent_its_configuration(command, monkeypatch):
+    """They know of no sweep: they read what every launcher of ours sends."""
+    assert main([*command, "seed=1,2"]) == 0
+    for name, body in {"scontrol": "echo nodea; echo nodeb", "srun": 'printf %s "$MEGALITE_CONFIG" > srun_got'}.items():
+        Path("bin", name).write_text(f"#!/bin/sh\n{body}\n")
+        Path("bin", name).chmod(0o755)
+    for name, value in {"SLURM_JOB_ID": "8", "SLURM_JOB_NODELIST": "node[a-b]", "SLURM_ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        assert sweep_task.main([str(DIRECTORY)]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sent_config({FROZEN: Path("srun_got").read_text()}).seed == 2
 
 
 def test_waiting_ends_with_the_queue_and_says_whether_all_is_well(command, monkeypatch):
