@@ -68,7 +68,7 @@ def test_a_search_of_twelve_by_three_workers_of_which_one_is_killed(cluster, sto
 
 def test_a_build_in_parts_makes_the_bytes_of_one(cluster, tmp_path):
     """An array of three and the job that waits for it, and a training that waits for both."""
-    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = make_tokenizer(tmp_path)
     (tmp_path / "in").mkdir()
     for number in range(6):
         lines = [json.dumps({"text": f"document {number} {line} " * 200}) for line in range(3000)]
