@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.data.loading import facts
-from megalite.checkpoint import Counters, Saver, agree_on_checkpoint, load_checkpoint, saver
+from megalite.checkpoint import Counters, Saver, agree_on_checkpoint, load_checkpoint, writing
 from megalite.checkpoint_folder import checkpoint_name
 from megalite.config.loader import load_config
 from megalite.config.place import Place
@@ -181,7 +181,7 @@ def any_busy(saver: Saver) -> bool:
 
 @contextlib.contextmanager
 def without_digests() -> Iterator[None]:
-    with mock.patch("megalite.tensor_file.xxhash.xxh3_128", NoDigest), mock.patch.object(saver, "verify_file"):
+    with mock.patch("megalite.tensor_file.xxhash.xxh3_128", NoDigest), mock.patch.object(writing, "verify_file"):
         yield
 
 

@@ -106,7 +106,13 @@ def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
                 hosts = [known for known in hosts if known.name != host.name] + [host]
                 blind += [] if told["sees"] else [host.name]
                 answers.append(connection)
-        problems = list(_missing(config, hosts, point.hosts)) + list(_problems(config, hosts, blind))
+        problems = list(_missing(config, hosts, point.hosts)) + list(_problems(hosts))
+        if blind:
+            log.warning(
+                "run_dir: %s is not the same directory on %s as on %s: checkpoints are kept on %s, and sent to the "
+                "others when the run is resumed; logs stay on each host",
+                *(Path(config.run_dir).absolute(), ", ".join(sorted(blind)), own.name, own.name),
+            )
         for connection in answers:
             with suppress(OSError), connection:
                 _send(connection, {"hosts": [asdict(host) for host in hosts], "problems": problems})
@@ -168,7 +174,7 @@ def _missing(config: TrainConfig, hosts: Sequence[Host], names: Sequence[str]) -
         )
 
 
-def _problems(config: TrainConfig, hosts: Sequence[Host], blind: Sequence[str]) -> Iterator[str]:
+def _problems(hosts: Sequence[Host]) -> Iterator[str]:
     """Why the hosts that came cannot train together."""
     first, others = hosts[0], hosts[1:]
     for host in others:
@@ -182,11 +188,6 @@ def _problems(config: TrainConfig, hosts: Sequence[Host], blind: Sequence[str]) 
                 yield f"{path}: on {host.name} it is not what it is on {first.name} ({host.stores.get(path)}; {digest})"
         if abs(host.clock) > CLOCK_SECONDS:
             yield f"the clock of {host.name} is {host.clock:+.1f} s off that of {first.name}: let NTP set both"
-    if blind:
-        yield (
-            f"run_dir: {Path(config.run_dir).absolute()} is not the same directory on {', '.join(sorted(blind))} as on "
-            f"{first.name}; checkpoints are written by all hosts: put it on a file system that they share"
-        )
 
 
 def _send(connection: socket.socket, value: object) -> None:

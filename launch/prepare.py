@@ -43,7 +43,9 @@ def prepare(config: TrainConfig, change: Callable[[TrainConfig], TrainConfig] = 
     """
     world_size, device = world_of(config.launch)
     validate_train(config, world_size, device)
-    config = preflight(resolve_auto(change(config), device))
+    # Slurm's login node speaks for all: the run directory is there.
+    is_alone = config.launch.nodes == 1 or config.launch.name == "slurm"
+    config = preflight(resolve_auto(change(config), device), is_alone)
     validate_train(config, world_size, device)  # again, now that model.vocab_size is known
     return Training(config, world_size, device)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from megalite.checkpoint_format import MANIFEST, Manifest, read_manifest, verify_checkpoint, write_file, write_manifest
 from megalite.config.schema import CheckpointConfig
 from megalite.data.files import put_in_place, sync_directory
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, ResourceError
 from megalite.failpoints import failpoint
 from megalite.guard.goodput import GOODPUT, read_lives
 from megalite.log import get_logger
@@ -98,9 +98,26 @@ def prune(checkpoints: Path, keep: CheckpointConfig) -> None:
             _remove(folder)
     if manifests and (newest := list(manifests)[-1]).name != _read_latest(checkpoints):
         _name_latest(newest)  # a kill came between the two names
+    remove_temporaries(checkpoints)
+
+
+def remove_temporaries(checkpoints: Path) -> None:
+    """Remove what was being written here when a kill came."""
     for path in checkpoints.iterdir():
         if path.is_dir() and _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path)
+
+
+def check_space(run_dir: Path, num_bytes: int) -> tuple[int, str]:
+    """How many bytes are free for a checkpoint that takes `num_bytes`, and the same in words.
+
+    Raises `ResourceError` where these are too few.
+    """
+    free = shutil.disk_usage(run_dir).free
+    text = f"run_dir: a checkpoint takes {num_bytes / 1e9:.2f} GB, the disk of {run_dir} has {free / 1e9:.2f} GB free"
+    if free < num_bytes:
+        raise ResourceError(f"{text}; make room, or choose a run_dir on another disk")
+    return free, text
 
 
 def _read_latest(checkpoints: Path) -> str:

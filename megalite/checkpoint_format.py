@@ -144,6 +144,11 @@ def verify_checkpoint(folder: Path) -> Manifest:
     return manifest
 
 
+def digest_manifest(manifest: Manifest) -> str:
+    """Equal for two checkpoints exactly if they hold the same: xxh3_128 of all that the manifest says."""
+    return _digest_of(asdict(manifest))
+
+
 def _digest_of(values: dict[str, Any]) -> str:
     """xxh3_128 of a manifest's values, whatever the order and the spaces in the file."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())

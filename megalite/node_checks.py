@@ -114,7 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
         dist.destroy_process_group()
     problems = list(find_problems(nodes, run_dir, trouble))
     if place.rank == 0:
-        _print(nodes, bandwidth, problems, has_looked=not trouble)
+        warnings = list(find_warnings(nodes, run_dir, trouble))
+        _print(nodes, bandwidth, problems, warnings, has_looked=not trouble)
     return EXIT_RESOURCE if problems else EXIT_OK
 
 
@@ -186,11 +187,8 @@ def find_problems(nodes: Sequence[Node], run_dir: Path, trouble: str = "") -> It
         if trouble:
             continue
         if node.sees is None:
-            yield (
-                f"run_dir: {run_dir.absolute()} is not the same directory on {node.name} as on {first.name}: put it on "
-                "a file system that all hosts share"
-            )
-        elif node.sees_rename is None:
+            continue  # it has a directory of its own
+        if node.sees_rename is None:
             yield (
                 f"run_dir: {node.name} does not see within {_SEEN_SECONDS:.0f} s that {first.name} put another file in "
                 f"the place of one in {run_dir.absolute()}: its file system holds on to old data for too long"
@@ -200,6 +198,17 @@ def find_problems(nodes: Sequence[Node], run_dir: Path, trouble: str = "") -> It
                 f"run_dir: {node.name} gets a lock in {run_dir.absolute()} that {first.name} holds, so that two "
                 "trainings could write to one directory: mount it with locks that all hosts share (Lustre: -o flock)"
             )
+
+
+def find_warnings(nodes: Sequence[Node], run_dir: Path, trouble: str = "") -> Iterator[str]:
+    """What is good to know, and keeps no hosts from training together; `trouble`: as for `find_problems`."""
+    blind = [node.name for node in nodes if node.local_rank == 0 and node.sees is None]
+    if blind and not trouble:
+        yield (
+            f"run_dir: {run_dir.absolute()} is not the same directory on {', '.join(blind)} as on {nodes[0].name}: "
+            f"checkpoints are kept on {nodes[0].name}, and sent to the others when the run is resumed; logs stay on "
+            "each host"
+        )
 
 
 def _clock_offset() -> float:
@@ -244,7 +253,13 @@ def _look_at_directory(place: Place, run_dir: Path) -> tuple[float | None, float
     return sees, sees_rename, is_kept_out, trouble
 
 
-def _print(nodes: Sequence[Node], bandwidth: Bandwidth | None, problems: Sequence[str], has_looked: bool) -> None:
+def _print(
+    nodes: Sequence[Node],
+    bandwidth: Bandwidth | None,
+    problems: Sequence[str],
+    warnings: Sequence[str],
+    has_looked: bool,
+) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -255,6 +270,8 @@ def _print(nodes: Sequence[Node], bandwidth: Bandwidth | None, problems: Sequenc
     console.print(", ".join(f"{name} {version}" for name, version in nodes[0].versions.items()))
     if bandwidth:
         console.print(f"all-reduce: {bandwidth}")
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow")
     for problem in problems:
         console.print(f"failed: {problem}", style="bold red")
     if not problems:

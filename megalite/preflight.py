@@ -17,11 +17,12 @@ from megalite.resuming import check_resume
 log = get_logger(__name__)
 
 
-def preflight(config: TrainConfig) -> TrainConfig:
+def preflight(config: TrainConfig, is_alone: bool = True) -> TrainConfig:
     """Open every store, compare vocabularies and tokenizers, look at the checkpoint to resume from and at libraries.
 
-    Returns the configuration with `model.vocab_size` filled in from the stores where it was null. Raises `ConfigError`,
-    `DataError` or `CheckpointError`, naming the key or the file.
+    Returns the configuration with `model.vocab_size` filled in from the stores where it was null. `is_alone`: no other
+    host takes part, which may hold a newer checkpoint; where one does, only ranks look at checkpoints, together. Raises
+    `ConfigError`, `DataError` or `CheckpointError`, naming the key or the file.
     """
     _check_libraries(config)
     stores = [_open("data.train", store) for store in config.data.train]
@@ -35,7 +36,8 @@ def preflight(config: TrainConfig) -> TrainConfig:
             log.warning("data.validation: %s is trained on too: its figures say nothing about new text", store.path)
     _check_tokenizers(stores + validation)
     config = _with_vocab_size(config, stores + validation)
-    _check_checkpoint(config)
+    if is_alone:
+        _check_checkpoint(config)
     return config
 
 

@@ -26,6 +26,7 @@ from megalite.log import errors_in_log, get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
 from megalite.process import last_collectives, pick_device, start_process_group
+from megalite.sharing import Sharing, find_sharing
 from megalite.trainer import Trainer
 
 log = get_logger(__name__)
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         config = resolve_auto(config, "cuda" if torch.cuda.is_available() else "cpu")
         validate_train(config, place.world_size)
-        train(preflight(config), place)
+        is_alone = place.local_world_size == place.world_size and config.launch.nodes == 1
+        train(preflight(config, is_alone), place)
     except MegaliteError as error:
         # All ranks find the same fault in the configuration; one in its machine only the rank that is there finds.
         if place.rank == 0 or isinstance(error, ResourceError | DataError | CheckpointError):
@@ -78,13 +80,17 @@ def train(config: TrainConfig, place: Place) -> None:
         start_process_group(place, device, config.launch.interface, config.launch.start_timeout)
         stack.callback(dist.destroy_process_group)
         vitals.enter("start", "configuration")
-        if place.rank == 0:
-            (run_dir / "logs").mkdir(exist_ok=True)
+        sharing = find_sharing(run_dir)
+        if sharing.is_first and place.rank != 0:
+            stack.enter_context(contextlib.closing(RunLock(run_dir)))
+        (run_dir / "logs").mkdir(exist_ok=True)
         _check_agreement(config)
         setup_logging(place.rank, run_dir / "logs" / f"rank_{place.rank}.log")
+        if not sharing.is_whole:
+            log.warning("%s", sharing.describe(run_dir))
         try:
             with errors_in_log(expected=Preempted):
-                _run(config, device, vitals, life)
+                _run(config, device, vitals, sharing, life)
         except BaseException as error:
             # At once: a launcher kills all ranks as soon as one has gone.
             if life:
@@ -94,9 +100,9 @@ def train(config: TrainConfig, place: Place) -> None:
             raise
 
 
-def _run(config: TrainConfig, device: torch.device, vitals: Vitals, life: LifeRecord | None) -> None:
+def _run(config: TrainConfig, device: torch.device, vitals: Vitals, sharing: Sharing, life: LifeRecord | None) -> None:
     """`life`: on rank 0."""
-    trainer = Trainer(config, build_mesh(config.parallel, device), vitals)
+    trainer = Trainer(config, build_mesh(config.parallel, device), vitals, sharing)
     try:
         trainer.run()
     finally:
@@ -128,10 +134,7 @@ def _start_heartbeat(config: GuardConfig, logs: Path, place: Place) -> Heartbeat
 
 
 def _check_agreement(config: TrainConfig) -> None:
-    """Every rank has its own configuration, and its own sight of the stores, perhaps of another disk: all are equal.
-
-    Also the barrier behind which run_dir exists.
-    """
+    """Every rank has its own configuration, and its own sight of the stores, perhaps of another disk: all are equal."""
     stores = {store.path: TokenStore.open(store.path).digest for store in (*config.data.train, *config.data.validation)}
     said = ((socket.gethostname(), config_digest(config_values(config)), stores),) * dist.get_world_size()
     everyone = list(said)

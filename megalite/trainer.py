@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megalite.checkpoint import Counters, Saver, agree_on_checkpoint, checkpoint_bytes, load_checkpoint
-from megalite.checkpoint_folder import prune, set_aside_newer
+from megalite.checkpoint_folder import check_space, prune, set_aside_newer
 from megalite.comm import is_any
 from megalite.config.frozen import save_config
 from megalite.config.schema import TrainConfig
 from megalite.data.feed import Feed
 from megalite.data.format import TokenStore
 from megalite.engine import Engine, StepResult
-from megalite.errors import CheckpointError, MegaliteError, Preempted, ResourceError
+from megalite.errors import CheckpointError, MegaliteError, Preempted
 from megalite.guard.vitals import Vitals
 from megalite.log import get_logger
 from megalite.mesh import Mesh
@@ -26,6 +26,7 @@ from megalite.metrics.recorder import Recorder
 from megalite.models import flops_per_token
 from megalite.objectives import build_objective
 from megalite.optim import learning_rate
+from megalite.sharing import Sharing
 
 log = get_logger(__name__)
 
@@ -35,13 +36,13 @@ _SHOWN_DOCUMENTS = 20  # of a step that was skipped for its numbers
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, vitals: Vitals):
+    def __init__(self, config: TrainConfig, mesh: Mesh, vitals: Vitals, sharing: Sharing):
         """Build everything the loop needs, and load the checkpoint to continue from."""
-        self.config, self.mesh, self.vitals = config, mesh, vitals
+        self.config, self.mesh, self.vitals, self.sharing = config, mesh, vitals, sharing
         self.run_dir = Path(config.run_dir)
         vitals.enter("start", "engine")
         self.engine = Engine(config, mesh)
-        self.saver = Saver(self.engine, self.run_dir)
+        self.saver = Saver(self.engine, self.run_dir, sharing.with_rank_0)
         vitals.enter("start", "data")
         self.feed = Feed(config, mesh)
         end_of_document = self.feed.dataset.stores[0].manifest.end_of_document
@@ -254,7 +255,9 @@ class Trainer:
         self._mark()
 
     def _resume(self) -> Counters:
-        folder = agree_on_checkpoint(self.config.checkpoint.resume, self.run_dir)
+        folder = agree_on_checkpoint(
+            self.config.checkpoint.resume, self.run_dir, self.sharing, lambda: self.vitals.enter("start", "weights")
+        )
         if folder is None:
             self.engine.init_weights()
             counters = Counters()
@@ -263,7 +266,7 @@ class Trainer:
             self.meter.restore(counters.loss_sum, counters.loss_count)
             log.info("continuing from %s", folder)
         checkpoints = self.run_dir / "checkpoints"
-        if self.mesh.rank == 0:
+        if self.sharing.is_first:
             set_aside_newer(checkpoints, counters.step)
             if folder and folder.parent == checkpoints:
                 prune(checkpoints, self.config.checkpoint)  # what a kill left of the last save
@@ -271,21 +274,19 @@ class Trainer:
 
     def _check_space(self) -> None:
         """Raise `ResourceError` when the disk cannot hold a checkpoint; better now than at the first save."""
-        if self.mesh.rank != 0:
+        if not self.sharing.is_first:
             return
-        needed, free = checkpoint_bytes(self.engine), shutil.disk_usage(self.run_dir).free
-        text = f"run_dir: a checkpoint takes {needed / 1e9:.2f} GB, the disk of {self.run_dir} has {free / 1e9:.2f} GB"
-        if free < needed:
-            raise ResourceError(f"{text} free; make room, or choose a run_dir on another disk")
-        if free < needed * (self.config.checkpoint.keep + 1):
-            log.warning("%s free: too little for checkpoint.keep=%d and the next", text, self.config.checkpoint.keep)
+        needed, keep = checkpoint_bytes(self.engine), self.config.checkpoint.keep
+        free, text = check_space(self.run_dir, needed)
+        if free < needed * (keep + 1):
+            log.warning("%s: too little for checkpoint.keep=%d and the next", text, keep)
 
     def _write_descriptions(self) -> None:
         """What a person, or a later command, wants beside the checkpoints.
 
         Only now: a start that failed before leaves the descriptions of what is there as they were.
         """
-        if self.mesh.rank != 0:
+        if not self.sharing.is_first:
             return
         save_config(self.config, self.run_dir / "config.yaml")
         (self.run_dir / "ds_config.json").write_text(json.dumps(self.engine.ds_config, indent=2) + "\n")

@@ -12,7 +12,7 @@ from megalite import node_checks
 from megalite.config.place import Place
 from megalite.errors import EXIT_CONFIG, EXIT_RESOURCE
 from megalite.launch.spawn import spawn_ranks
-from megalite.node_checks import Node, find_problems, look_at_nodes, main, measure_all_reduce
+from megalite.node_checks import Node, find_problems, find_warnings, look_at_nodes, main, measure_all_reduce
 from tests.ranks import run_ranks
 
 FIRST = Node(0, 0, "a", "CPU", "eth0", {"torch": "2.13"}, 0.0, 0.0, 0.0, True)
@@ -27,7 +27,7 @@ SECOND = dataclasses.replace(FIRST, rank=2, name="b")
         ({"clock": -2.5}, "the clock of b is -2.5 s off that of a"),
         ({"versions": {"torch": "2.12"}}, "b has torch 2.12, a has 2.13"),
         ({"versions": {}}, "b has torch None"),
-        ({"sees": None, "sees_rename": None}, "is not the same directory on b as on a"),
+        ({"sees": None, "sees_rename": None}, None),
         ({"sees_rename": None}, "b does not see within"),
         ({"is_kept_out": False}, "b gets a lock"),
         ({"is_kept_out": False, "local_rank": 1}, None),  # its host's first rank says it
@@ -37,6 +37,13 @@ def test_problems(changes, told):
     problems = list(find_problems([FIRST, dataclasses.replace(SECOND, **changes)], Path("run")))
     assert len(problems) == (told is not None)
     assert told is None or told in problems[0]
+
+
+def test_a_directory_of_its_own_is_worth_a_warning():
+    blind = dataclasses.replace(SECOND, sees=None, sees_rename=None)
+    assert list(find_warnings([FIRST, SECOND], Path("run"))) == []
+    (warning,) = find_warnings([FIRST, blind, dataclasses.replace(blind, rank=3, local_rank=1)], Path("run"))
+    assert "is not the same directory on b as on a: checkpoints are kept on a" in warning
 
 
 def test_a_first_host_that_cannot_write_is_the_only_problem():
@@ -62,7 +69,7 @@ def look(run_dir, fault):
     node_checks._SEEN_SECONDS = 0.3
     place = Place(rank, 0, dist.get_world_size(), 1, "env://")
     nodes, trouble = look_at_nodes(place, torch.device("cpu"), run_dir)
-    return list(find_problems(nodes, named, trouble)), nodes
+    return [*find_problems(nodes, named, trouble), *find_warnings(nodes, named, trouble)], nodes
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ class TestResume:
         save(dataclasses.replace(saved, seed=7), 20)
         with pytest.raises(CheckpointError, match="seed: 7 -> 1234"):
             preflight(saved)
+        assert preflight(saved, is_alone=False), "another host may hold a newer one"
 
     def test_a_damaged_newest_is_left_to_the_ranks_but_not_a_path(self, saved, tmp_path):
         folder = save(dataclasses.replace(saved, seed=7), 20)

@@ -12,7 +12,7 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 
-from megalite.checkpoint import checkpoint_bytes, saver
+from megalite.checkpoint import checkpoint_bytes, disk, saver, writing
 from megalite.checkpoint_format import read_manifest, write_manifest
 from megalite.config.frozen import read_config
 from megalite.data.files import digest_file
@@ -363,7 +363,7 @@ def test_ephemeral_and_lasting_checkpoints(store, tmp_path):
 
 def fail_writes_of(step, times, monkeypatch):
     """Every file of the step's checkpoint finds a full disk, so many times."""
-    write, left = saver._write_tensors, {}
+    write, left = writing._write_tensors, {}
 
     def full(folder, name, kind, tensors):
         if folder.name.startswith(f"step_{step:08d}") and left.setdefault(name, times):
@@ -371,8 +371,8 @@ def fail_writes_of(step, times, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(folder, name, kind, tensors)
 
-    monkeypatch.setattr(saver, "_write_tensors", full)
-    monkeypatch.setattr(saver, "RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(writing, "_write_tensors", full)
+    monkeypatch.setattr(disk, "RETRY_SECONDS", (0.01, 0.01))
 
 
 @pytest.mark.parametrize(
@@ -398,6 +398,27 @@ def test_a_disk_that_has_room_again_is_tried_again(store, tmp_path, monkeypatch)
     fail_writes_of(2, 2, monkeypatch)
     train_on_ranks(config, 1)
     assert (tmp_path / "run/checkpoints/step_00000002/manifest.json").is_file()
+
+
+@pytest.mark.parametrize(("room", "name"), [(saver, "create_temporary"), (writing, "verify_file"), (saver, "commit")])
+def test_every_part_of_a_save_is_tried_again(store, tmp_path, monkeypatch, capfd, room, name):
+    work, calls = getattr(room, name), []
+
+    def refused_once(*args):
+        calls.append(name)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        return work(*args)
+
+    monkeypatch.setattr(room, name, refused_once)
+    monkeypatch.setattr(disk, "RETRY_SECONDS", (0.01,))
+    for policy, code in (("stop", CheckpointError.exit_code), ("retry", 0)):
+        run_dir = tmp_path / policy
+        config = tiny_config(run_dir, store, model=SMALL, trainer={"steps": 1}, checkpoint={"on_save_error": policy})
+        assert spawn_ranks(lambda place, config=config: train(preflight(config), place), 1) == code
+        assert (run_dir / "checkpoints/step_00000001/manifest.json").is_file() is (code == 0)
+        assert not list(run_dir.glob("checkpoints/*.tmp*")), "nothing half-written stays"
+    assert "Input/output error" in capfd.readouterr().err
 
 
 def test_one_save_that_fails_does_not_take_the_next_along(store, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Loading logical tensors into an engine of any layout, or into a bare model."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from megalite.checkpoint.agreement import on_rank_0
 from megalite.checkpoint.counters import Counters
 from megalite.checkpoint.engine_state import create_moments, set_loss_scaler, set_tensor
+from megalite.checkpoint.hosts import agree_among_hosts
 from megalite.checkpoint_folder import choose_checkpoint
 from megalite.checkpoint_format import KINDS, Manifest, read_manifest
 from megalite.engine import Engine
@@ -18,15 +20,21 @@ from megalite.log import get_logger
 from megalite.mesh import Mesh
 from megalite.models import named_logical_parameters
 from megalite.resuming import check_resume, draws_alike, world_size_note
+from megalite.sharing import Sharing
 
 log = get_logger(__name__)
 
 
-def agree_on_checkpoint(resume: str, run_dir: Path) -> Path | None:
+def agree_on_checkpoint(
+    resume: str, run_dir: Path, sharing: Sharing | None = None, moves: Callable[[], None] = lambda: None
+) -> Path | None:
     """`choose_checkpoint` for all ranks: rank 0 looks and verifies, the others are told.
 
-    Raises `CheckpointError` on every rank alike.
+    With run directories that are several, of which `sharing` tells, as `agree_among_hosts` does. Raises
+    `CheckpointError` on every rank alike.
     """
+    if sharing and not sharing.is_whole:
+        return agree_among_hosts(resume, run_dir, sharing, moves)
     return on_rank_0("read", lambda: choose_checkpoint(resume, run_dir))
 
 

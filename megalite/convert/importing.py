@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import megalite
-from megalite.checkpoint.saver import FILE_BYTES
+from megalite.checkpoint.writing import FILE_BYTES
 from megalite.checkpoint_folder import commit, create_temporary
 from megalite.checkpoint_format import FileEntry, Manifest
 from megalite.config.compose import config_values

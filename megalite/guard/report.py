@@ -36,7 +36,10 @@ def build_report(verdict: Verdict, seen: Mapping[int, Sighting], quiet: float, l
     head.append(f"no rank has moved for {quiet:.0f} s (limit of section '{section}': {limit:.0f} s)")
     unseen = set(range(next(iter(seen.values())).record.world_size)) - seen.keys() - set(verdict.ranks)
     if unseen:
-        head.append(f"of {name_ranks(unseen)} nothing was ever seen here")
+        head.append(
+            f"of {name_ranks(unseen)} nothing was ever seen here: where their host has a run directory of its own, its "
+            "own watchdog judges them, and they may be the ones to blame"
+        )
     if section == "start" and (advice := describe_build_locks()):
         head.append(advice)
     order = sorted(seen, key=lambda rank: (rank not in verdict.ranks, rank))

@@ -3,7 +3,7 @@
 import functools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file
 
-from megalite.checkpoint import Counters, Saver, fragments, saver
+from megalite.checkpoint import Counters, Saver, fragments, saver, writing
 from megalite.checkpoint.engine_state import get_tensor, link_moments
 from megalite.checkpoint_folder import newest_checkpoint
 from megalite.checkpoint_format import KINDS, verify_checkpoint
@@ -102,10 +102,10 @@ def step(engine: Engine, number: int) -> None:
     engine.train_step(batches, number, 0.01)
 
 
-def set_up(engine: Engine, asynchronous: bool, file_bytes: int = 60_000) -> Saver:
+def set_up(engine: Engine, asynchronous: bool, file_bytes: int = 60_000, writers: Sequence[int] = ()) -> Saver:
     """A saver with many files, some of one tensor, so that every rank writes several."""
-    saver.FILE_BYTES = file_bytes
-    made = Saver(engine, Path(engine.config.run_dir))
+    writing.FILE_BYTES = file_bytes
+    made = Saver(engine, Path(engine.config.run_dir), writers)
     made._config = tiny_config("unused", checkpoint={"asynchronous": asynchronous}).checkpoint
     return made
 
@@ -148,8 +148,8 @@ def save_and_compare(layouts: list[Layout], folder: Path, store: Path) -> dict[L
         dist.barrier()
         for round in (2, 4):  # the second from copies that were used before
             trained = threading.Event()
-            collect = later._collect
-            later._collect = lambda *args, wait=trained, collect=collect: wait.wait() and collect(*args)
+            write = later._files.write
+            later._files.write = lambda *args, wait=trained, write=write: wait.wait() and write(*args)
             later.save(Counters(step=round), {})
             assert later.is_busy
             step(engine, round)
@@ -160,7 +160,7 @@ def save_and_compare(layouts: list[Layout], folder: Path, store: Path) -> dict[L
             moved = held(engine)
             wrong += [("did not move", key) for key in expected if torch.equal(moved[key], expected[key])]
             expected = moved
-            del later._collect
+            del later._files.write
             dist.barrier()
         found[layout] = wrong
         at_once.close()
@@ -195,7 +195,7 @@ def full_disk(*args):
 
 
 FAILURES = {
-    "write": (saver, "_write_tensors", full_disk, "rank 1 could not write a checkpoint: .*No space left"),
+    "write": (writing, "_write_tensors", full_disk, "rank 1 could not write a checkpoint: .*No space left"),
     "room": (fragments.Exchange, "make_room", no_memory, "rank 1 could not do its part of a save: MemoryError"),
     "fragments": (saver.Saver, "_borrow", no_memory, "rank 1 could not do its part of a save: MemoryError"),
     "group": (fragments.Exchange, "receive", no_memory, "rank 1 could not do its part of a save: MemoryError"),

@@ -1,10 +1,15 @@
-"""Two hosts, each with a network of its own: a rank is killed, a plug is pulled for good, and for a while."""
+"""Two hosts, each with a network of its own: disks that are not shared, a plug pulled for good, and for a while."""
 
+import json
+import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from megalite.checkpoint_folder import newest_checkpoint
 from megalite.guard.run_state import read_state
 from tests.cluster.lab import wait_until
 from tests.cluster.runs import STEPS, await_log, log, losses, start, train_command
@@ -19,6 +24,24 @@ def straight(store, tmp_path_factory):
     command = train_command(run_dir, store, "launch.nproc_per_node=4", steps=STEPS)
     subprocess.run(command, check=True, capture_output=True)
     return losses(run_dir)
+
+
+@pytest.fixture
+def apart(cluster, tmp_path) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """A run directory that is another disk on each host; and where these are seen from here."""
+    run_dir, disks = tmp_path / "run", {host: tmp_path / host for host in cluster.nodes}
+    run_dir.mkdir()
+    for host, disk in disks.items():
+        disk.mkdir()
+        cluster.hosts.run(host, "mount", "--bind", str(disk), str(run_dir))
+    yield run_dir, disks
+    for host in disks:
+        cluster.hosts.run(host, "umount", "--lazy", str(run_dir))
+
+
+def step_of(run_dir: Path) -> int:
+    found = newest_checkpoint(run_dir)
+    return int(found.name.removeprefix("step_")) if found else 0
 
 
 @pytest.mark.cluster
@@ -62,6 +85,49 @@ def test_a_host_that_does_not_come_is_named(cluster, store, tmp_path):
     assert done.returncode == 5, done.stderr
     assert "1 of 2 hosts came within launch.start_timeout=5 s: nodea; 1 missing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.cluster
+def test_hosts_that_share_no_run_directory_train_and_resume_as_one_machine(cluster, store, straight, apart, tmp_path):
+    """A rank is killed; then the first host loses its disk, and goes on from the other one's copy."""
+    run_dir, disks = apart
+    launch = ("launch=torchrun", "launch.nodes=2", "launch.nproc_per_node=2", "launch.address=nodea")
+    command = train_command(
+        run_dir, store, *launch, "launch.restarts=3", "launch.grace=10", "checkpoint.save_every=20", steps=STEPS
+    )
+
+    def start_both() -> list[subprocess.Popen]:
+        return [
+            cluster.hosts.start(host, *command, log=tmp_path / f"{host}.txt", environment=cluster.environment)
+            for host in disks
+        ]
+
+    def said() -> str:
+        return "".join((tmp_path / f"{host}.txt").read_text() for host in disks)
+
+    started = start_both()
+    wait_until(lambda: any(len(losses(disk)) >= 45 for disk in disks.values()), 300, said)
+    first, other = sorted(disks, key=lambda host: read_state(disks[host]) is None)
+    victim = json.loads((disks[other] / "logs/heartbeats/rank_00003.json").read_text())
+    cluster.hosts.run(other, "kill", "-9", str(victim["pid"]))
+    assert [process.wait(300) for process in started] == [0, 0], said()
+    assert f"is not the same directory on {other} as on {first}: checkpoints are kept on {first}" in said()
+    assert f"is not that of {first} for ranks 2, 3 on {other}: " in said()
+    copied = step_of(disks[other])
+    assert copied in (40, 60)
+    assert f"starting them again from step {copied}" in said()
+    assert f"step_{copied:08d} is sent from rank 0 to rank 2" in said()
+    assert losses(disks[first]) == pytest.approx(straight, abs=1e-6)
+    assert step_of(disks[first]) == STEPS
+    assert (disks[first] / "config.yaml").read_bytes() == (disks[other] / "config.yaml").read_bytes()
+    assert list(run_dir.iterdir()) == [], "nothing is written but on the hosts' own disks"
+
+    for path in disks[first].iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert [process.wait(300) for process in start_both()] == [0, 0], said()
+    assert f"{first} has no checkpoint, {other} step_{copied:08d}; continuing from " in said()
+    assert losses(disks[first]) == pytest.approx(straight[copied:], abs=1e-6)
+    assert (step_of(disks[first]), step_of(disks[other])) == (STEPS, copied)
 
 
 @pytest.mark.cluster

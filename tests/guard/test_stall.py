@@ -10,7 +10,8 @@ import pytest
 from megalite.guard.observer import MonitorSettings, Observer
 from megalite.guard.proc import GONE, read_stat
 from megalite.guard.reach import describe_cut
-from megalite.guard.stall import Limits, Patience, Record, judge, name_ranks, parse_record
+from megalite.guard.report import Sighting, build_report
+from megalite.guard.stall import Limits, Patience, Record, Verdict, judge, name_ranks, parse_record
 
 ANYONE = Record(
     rank=0,
@@ -73,6 +74,15 @@ CASES = {
         ranks({"phase": "start: engine", "step": 0}, {"phase": "start: engine", "step": 0}),
         *({}, [], (0, 1), "start: engine"),
     ),
+    # Of four ranks two are on a host with another run directory: they are not taken for dead, nor for late.
+    "all that are seen wait for others": (
+        ranks(*[collectives(world=ALL_REDUCE)] * 2),
+        *({0: "S", 1: "S"}, [], (0, 1), "not moving on from: step 7, step (no rank is behind another)"),
+    ),
+    "one of those that are seen is gone": (
+        ranks(*[collectives(world=ALL_REDUCE)] * 2),
+        *({0: "S", 1: GONE}, [1], (1,), "gone"),
+    ),
     "one has not called": (
         ranks(*[collectives(world=numbered(n)) for n in (9, 8, 9)]),
         *({}, [], (1,), "not yet in collective 9 (all_reduce) of group world, in which ranks 0, 2 wait"),
@@ -121,6 +131,14 @@ def test_judge_blames_the_right_rank(name):
     verdict = judge(records, states, silent, {})
     assert verdict.ranks == blamed
     assert reason in verdict.reason
+
+
+@pytest.mark.parametrize(("blamed", "told"), [((0, 1), True), ((2, 3), False)])
+def test_a_report_names_the_ranks_that_were_never_seen_unless_it_blames_them(blamed, told):
+    seen = {rank: Sighting(record, "S", 9.0, "") for rank, record in ranks({}, {}).items()}
+    head, lines, *_ = build_report(Verdict(blamed, "late"), seen, 9.0, 8.0, "step")
+    assert ("of ranks 2, 3 nothing was ever seen here: " in head) == told
+    assert len(lines.splitlines()) == 2
 
 
 def test_judge_blames_the_ranks_of_a_host_that_is_cut_off_unless_a_process_is_gone():

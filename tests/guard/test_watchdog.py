@@ -55,8 +55,9 @@ def rank_main(job, rank):
     """A rank of `job`: steps with a collective that waits for all, as files on the disk."""
     machine = job["machines"][rank] if "machines" in job else None
     first_of_machine = rank == 0 or (machine is not None and job["machines"][rank - 1] != machine)
+    logs = job["logs"] / str(machine) if job.get("apart") else job["logs"]
     heartbeat = Heartbeat(
-        job["logs"], rank, 0 if first_of_machine else 1, job["world_size"], limits=job["limits"], machine=machine
+        logs, rank, 0 if first_of_machine else 1, job["world_size"], limits=job["limits"], machine=machine
     )
     calls: list[tuple[int, str]] = []
     heartbeat.watch_collectives(lambda: {"world": calls[-4:]})
@@ -166,6 +167,13 @@ JOBS = {
         "limits": START,
         "left": replace(ANYONE, rank=1, machine=name_machine(), pid=2**22 + 1),
     },
+    "apart": {
+        "machines": ["a", "a", "b", "b"],
+        "world_size": 4,
+        "rank": 3,
+        "fault": fall_asleep,
+        "apart": True,
+    },
     "two machines": {"machines": ["a", "a", "b", "b"], "world_size": 4, "rank": 3, "fault": stop, "steps": LONG},
 }
 
@@ -268,6 +276,18 @@ def test_on_two_machines_one_reports_what_the_other_sees(jobs):
     assert "in stop" in reports[0]
     assert [codes[rank] for rank in range(3)] == [EXIT_RESOURCE] * 3
     assert codes[3] in (EXIT_RESOURCE, -signal.SIGKILL)
+
+
+def test_machines_without_a_common_directory_judge_each_for_its_own_ranks(jobs):
+    """The one with the late rank names it; the other one sees a job that stands, and knows whom it does not see."""
+    codes, printed, _ = finish(jobs["apart"])
+    assert codes == dict.fromkeys(range(4), EXIT_RESOURCE)
+    assert "stall: rank 3 is not yet in collective 6 (all_reduce) of group world, in which rank 2 wait" in printed
+    assert "stall: ranks 0, 1 are not moving on from: step 6, step (no rank is behind another)" in printed
+    for machine, unseen in (("a", "2, 3"), ("b", "0, 1")):
+        assert not left_of(jobs["apart"]["logs"] / machine)
+        (report,) = (jobs["apart"]["logs"] / machine).glob("stall_*.txt")
+        assert f"of ranks {unseen} nothing was ever seen here: " in report.read_text()
 
 
 def test_what_an_earlier_job_left_is_not_believed(jobs, tmp_path):

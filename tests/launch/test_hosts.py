@@ -1,5 +1,6 @@
 """Hosts meet: here threads of one process, on the loopback; in tests/cluster on networks of their own."""
 
+import contextlib
 import dataclasses
 import socket
 import threading
@@ -7,9 +8,10 @@ import time
 
 import pytest
 
-from megalite.errors import ResourceError
+from megalite.errors import CheckpointError, ResourceError
 from megalite.launch import hosts as room
 from megalite.launch.hosts import MeetingPoint, describe_host, meet
+from megalite.launch.prepare import prepare
 from tests.runs import tiny_config, write_store
 
 
@@ -70,12 +72,16 @@ def test_a_host_that_is_unfit_is_named(config, point, change, message):
     assert any(message in problem for problem in problems), problems
 
 
-def test_a_clock_and_a_directory_of_its_own(config, point, monkeypatch):
+def test_a_clock_of_its_own_and_a_directory_of_its_own(config, point, monkeypatch):
+    """The one keeps hosts from training together, the other does not."""
     monkeypatch.setattr(room, "CLOCK_SECONDS", -1.0)
     monkeypatch.setattr(room.Path, "iterdir", lambda self: iter(()))
+    warned = []
+    monkeypatch.setattr(room.log, "warning", lambda text, *values: warned.append(text % values))
     _, problems = gather(config, point, [("two", {})])
-    assert "the clock of two is" in problems[0]
-    assert "is not the same directory on two as on one" in problems[1]
+    assert [problem.partition(" is ")[0] for problem in problems] == ["the clock of two"]
+    [warning] = warned
+    assert "is not the same directory on two as on one: checkpoints are kept on one, and sent to the others" in warning
 
 
 def test_the_first_host_is_named_where_nobody_answers(config, point):
@@ -114,6 +120,16 @@ def test_strangers_at_the_port_do_not_disturb(config, point):
     found, problems = room._gather(config, point, own, time.monotonic() + 20)
     other.join()
     assert ([host.name for host in found], problems) == (["one", "two"], [])
+
+
+@pytest.mark.parametrize(("name", "nodes", "looks"), [("torchrun", 2, False), ("local", 1, True), ("slurm", 2, True)])
+def test_a_checkpoint_is_looked_at_before_ranks_start_unless_another_host_may_have_it(config, name, nodes, looks):
+    address = "one" if name == "torchrun" else None
+    launch = dataclasses.replace(config.launch, name=name, nodes=nodes, nproc_per_node=1, address=address)
+    resuming = dataclasses.replace(config.checkpoint, resume="gone")
+    config = dataclasses.replace(config, launch=launch, checkpoint=resuming)
+    with pytest.raises(CheckpointError, match="gone is not a checkpoint") if looks else contextlib.nullcontext():
+        prepare(config)
 
 
 def test_alone_there_is_nobody_to_meet(config, point):
