@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,9 @@ def measure(place: Place, config: TrainConfig, folder: Path, repeats: int) -> No
     engine.init_weights()
     step = stepper(engine, config)
     step()
-    at_once, later = Saver(engine, folder / "run"), Saver(engine, folder / "run")
-    later._config = load_config(type(config.checkpoint), {"keep": 1, "asynchronous": True})
+    at_once = Saver(engine, folder / "run")
+    engine.config = replace(config, checkpoint=replace(config.checkpoint, asynchronous=True))
+    later = Saver(engine, folder / "run")
     found: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable[[], object]) -> None:

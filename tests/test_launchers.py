@@ -20,7 +20,7 @@ DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus=2"]
 LAUNCHERS = {
     "local": MEGALITE,
     "torchrun": [*MEGALITE, "launch=torchrun"],
-    "deepspeed": [*MEGALITE, "launch=deepspeed", "launch.port=29599"],
+    "deepspeed": [*MEGALITE, "launch=deepspeed"],
     "torchrun itself": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "megalite.train"],
     "deepspeed itself": [*DEEPSPEED, "--master_port=29600", "--module", "megalite.train"],
     "deepspeed itself, no local rank": [

@@ -57,6 +57,9 @@ class Saver:
         self._files = FileWriter(engine, self._disk, writers or range(engine.mesh.world_size))
         self._copies: dict[str, torch.Tensor] = {}  # file -> this rank's fragments of it, of the last save
         self._thread = ThreadPoolExecutor(1, "save")
+        # While the first steps run: fresh memory takes as long as eight copies, and the first save is not to hold up
+        # training longer than the next ones.
+        self._room = self._thread.submit(self._make_room) if self._config.asynchronous else None
         self._pending: _Pending | None = None
         self.saved_step = 0  # the last that is committed; 0: none
 
@@ -76,14 +79,16 @@ class Saver:
         """Save what the engine holds as step `counters.step`; nothing may be pending. Collective.
 
         Memory on a rank: two files (`writing.FILE_BYTES`, or one larger tensor); besides, asynchronously, its share of
-        all, which it keeps for the next save, since fresh memory takes as long as eight copies; on a GPU at once, its
-        share of as many files as there are writers. Raises as `finish` does.
+        all, which it keeps from the start to the end; on a GPU at once, its share of as many files as there are
+        writers. Raises as `finish` does.
         """
         assert self._pending is None, "call finish first: it tells what became of the save before"
         temporary = on_rank_0("write", lambda: self._create(counters.step))
         link_moments(self._engine)
         state = _state(self._engine, counters, evaluation, ephemeral)
         if self._config.asynchronous:
+            if self._room:
+                self._room.result()
             copies = {file.name: self._copy(file) for file in self._files.plan}
             self._wait_for_device()
             written = self._thread.submit(self._files.write, temporary, lambda file: copies[file.name])
@@ -150,11 +155,21 @@ class Saver:
         fragments = self._fragments(file)
         sizes = [len(fragment) for fragment in fragments.values()]
         if file.name not in self._copies:
-            self._copies[file.name] = torch.empty(sum(sizes), pin_memory=self._engine.mesh.device.type == "cuda")
+            self._copies[file.name] = self._empty(sum(sizes))
         copies = dict(zip(fragments, self._copies[file.name].split(sizes), strict=True))
         for name, fragment in fragments.items():
             copies[name].copy_(fragment, non_blocking=True)
         return copies
+
+    def _make_room(self) -> None:
+        """Memory for `_copy`, which the system gives when it is written to; moments lie as their weights do."""
+        parameters = dict(self._engine.parameters())
+        for file in self._files.plan:
+            sizes = [len(get_fragment(self._engine, parameters[name], "weight")[1]) for name in file.names]
+            self._copies[file.name] = self._empty(sum(sizes)).zero_()
+
+    def _empty(self, size: int) -> torch.Tensor:
+        return torch.empty(size, pin_memory=self._engine.mesh.device.type == "cuda")
 
     def _borrow(self, file: PlannedFile) -> Fragments:
         """This rank's fragments of a file on the host, which stay as they are while no step is taken."""

@@ -1,5 +1,6 @@
 """What a save writes is what DeepSpeed itself says the engine held, whatever goes on meanwhile, and whoever fails."""
 
+import dataclasses
 import functools
 import re
 import threading
@@ -105,9 +106,9 @@ def step(engine: Engine, number: int) -> None:
 def set_up(engine: Engine, asynchronous: bool, file_bytes: int = 60_000, writers: Sequence[int] = ()) -> Saver:
     """A saver with many files, some of one tensor, so that every rank writes several."""
     writing.FILE_BYTES = file_bytes
-    made = Saver(engine, Path(engine.config.run_dir), writers)
-    made._config = tiny_config("unused", checkpoint={"asynchronous": asynchronous}).checkpoint
-    return made
+    settings = tiny_config("unused", checkpoint={"asynchronous": asynchronous}).checkpoint
+    engine.config = dataclasses.replace(engine.config, checkpoint=settings)
+    return Saver(engine, Path(engine.config.run_dir), writers)
 
 
 def held(engine: Engine) -> dict[tuple[str, str], torch.Tensor]:
@@ -146,6 +147,9 @@ def save_and_compare(layouts: list[Layout], folder: Path, store: Path) -> dict[L
         at_once.save(Counters(step=1), {})
         wrong += differing(saved(run_dir), expected)
         dist.barrier()
+        later._room.result()
+        room = {name: copy.data_ptr() for name, copy in later._copies.items()}
+        assert room.keys() == {file.name for file in later._files.plan}
         for round in (2, 4):  # the second from copies that were used before
             trained = threading.Event()
             write = later._files.write
@@ -162,6 +166,7 @@ def save_and_compare(layouts: list[Layout], folder: Path, store: Path) -> dict[L
             expected = moved
             del later._files.write
             dist.barrier()
+        assert {name: copy.data_ptr() for name, copy in later._copies.items()} == room, "no save took fresh memory"
         found[layout] = wrong
         at_once.close()
         later.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 SLURM = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "util-linux")
+SSH = ("openssh-server", "openssh-client", "pdsh")
 ACCOUNTING = ("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")
 CONTROLLER = "ctl"
 _SUBNET = "10.213.7"
@@ -165,6 +166,44 @@ class Hosts:
     def _ip(self, name: str, *words: str) -> None:
         """In the host's network alone: pids are those of this machine."""
         subprocess.run(["nsenter", f"--target={self._keepers[name][1]}", "--net", "ip", *words], check=True)
+
+
+def serve_ssh(hosts: Hosts) -> dict[str, str]:
+    """Run sshd on every host; returns the variables with which a process on any of them reaches all by ssh and pdsh.
+
+    Keys and settings lie below `hosts.folder`; those of this machine and of its user are not looked at.
+    """
+    require(SSH)
+    folder = hosts.folder / "ssh"
+    (folder / "bin").mkdir(parents=True)
+    for key in ("host_key", "user_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+    shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
+    host_key = (folder / "host_key.pub").read_text().rpartition(" ")[0]
+    (folder / "known_hosts").write_text("".join(f"{name},{hosts.address(name)} {host_key}\n" for name in hosts.names))
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nPidFile none\nUseDNS no\n"
+    )
+    (folder / "ssh_config").write_text(
+        f"IdentityFile {folder}/user_key\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known_hosts\n"
+        "GlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\nLogLevel ERROR\n"
+    )
+    # DeepSpeed's launcher calls ssh itself, without the options that pdsh would give it.
+    (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
+    (folder / "bin/ssh").chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}/bin{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}"}
+    for name in hosts.names:
+        hosts.run(name, "sh", "-c", "mount -t tmpfs tmpfs /run && mkdir /run/sshd")  # which sshd wants
+        sshd = ("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config"))
+        hosts.start(name, *sshd, log=folder / f"sshd_{name}.log", environment=environment)
+    for name in hosts.names:
+        login = hosts.command(hosts.names[0], "ssh", name, "true")
+        wait_until(
+            lambda login=login: subprocess.run(login, env=environment, capture_output=True).returncode == 0,
+            20, lambda name=name: (folder / f"sshd_{name}.log").read_text(),
+        )  # fmt: skip
+    return environment
 
 
 class Slurm:

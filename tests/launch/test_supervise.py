@@ -34,9 +34,26 @@ def test_the_exit_code_is_the_childs():
 
 
 def test_a_signal_reaches_ranks_and_not_the_launcher():
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal_me(2.0, number=number)
         assert run(LAUNCHER) == 75
+
+
+def test_what_a_terminal_sends_to_all_of_its_processes_does_not_reach_the_launcher():
+    assert run("import os, sys; sys.exit(7 if os.getsid(0) == os.getpid() else 0)") == 7
+
+
+def test_a_launcher_does_not_outlive_the_command(tmp_path):
+    launcher = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
+    words = [sys.executable, "-c", f"{launcher}; time.sleep(60)"]
+    code = f"import os; from megalite.launch.supervise import supervise; supervise({words!r}, os.environ, 9.0)"
+    command = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    process = psutil.Process(int((tmp_path / "pid").read_text()))
+    command.kill()
+    command.wait()
+    assert not psutil.wait_procs([process], timeout=10)[1]
 
 
 def test_after_the_grace_all_are_ended():
