@@ -14,7 +14,7 @@ from megalite.config.frozen import FROZEN, encoded_config
 from megalite.config.schema import TrainConfig
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ConfigError, ResourceError
 from megalite.guard.observer import FOLDER
-from megalite.guard.run_state import RunState, read_state
+from megalite.guard.run_state import RunState, read_life_since, read_state
 from megalite.guard.stall import parse_record
 from megalite.network import free_port
 
@@ -64,7 +64,7 @@ def _run_over_hosts(training: Training) -> int:
             config.launch.grace,
             lambda child: FarRanks(child, hosts, mark, environment, lambda: _is_training(config)),
         )
-    return _outcome(code, before, read_state(run_dir))
+    return _outcome(code, read_life_since(before, run_dir))
 
 
 def _own_variables() -> Iterator[str]:
@@ -99,16 +99,16 @@ def _is_training(config: TrainConfig) -> bool:
     return record is not None and not record.phase.startswith(("save", "other: closing", "end"))
 
 
-def _outcome(code: int, before: RunState | None, now: RunState | None) -> int:
+def _outcome(code: int, life: RunState | None) -> int:
     """The exit code of a life: that which rank 0 wrote down, where it is seen from here.
 
     pdsh says the largest of all hosts, perhaps of ranks that another took along; the runner 0 where pdsh was killed.
     """
-    if now is None or (before is not None and now.started == before.started):
+    if life is None:
         return code
-    if now.exit_code is None:
+    if life.exit_code is None:
         return code or EXIT_FAILURE
-    return code if code == ENDED and now.exit_code not in (EXIT_OK, EXIT_REQUEUE) else now.exit_code
+    return code if code == ENDED and life.exit_code not in (EXIT_OK, EXIT_REQUEUE) else life.exit_code
 
 
 def deepspeed_command(training: Training) -> list[str]:

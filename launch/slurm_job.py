@@ -17,7 +17,7 @@ from megalite.config.place import port_of_job
 from megalite.config.schema import TrainConfig
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ConfigError, MegaliteError, ResourceError
 from megalite.guard.observer import read_json
-from megalite.guard.run_state import RunState, read_state
+from megalite.guard.run_state import RunState, read_life_since, read_state
 from megalite.log import setup_logging
 
 from .lives import FINAL, run_lives, saved_step
@@ -116,14 +116,14 @@ class _Step:
             if len(self._stop.received) > told:  # srun tells its tasks
                 told = len(self._stop.received)
                 child.send_signal(signal.SIGUSR1 if self._stop.by_slurm else signal.SIGTERM)
-            state = _life_since(before, self._run_dir)
+            state = read_life_since(before, self._run_dir)
             has_failed = state is not None and state.state in ("failed", "died")
             gone = (gone or time.monotonic()) if has_failed else None
             if gone is not None and time.monotonic() > gone + patience:
                 print(f"srun waits for a node since the ranks ended {patience:.0f} s ago: ending it", file=sys.stderr)
                 self.has_lost_a_host = True
                 _end(child)
-        state = _life_since(before, self._run_dir)
+        state = read_life_since(before, self._run_dir)
         if child.returncode and state is None:
             self.has_lost_a_host = child.returncode not in FINAL  # no rank began: a node does not answer, or is unfit
         return _code(child.returncode, state, bool(self._stop.received))
@@ -136,12 +136,6 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
         with suppress(subprocess.TimeoutExpired):
             child.wait(_LAST_SECONDS)
             return
-
-
-def _life_since(before: RunState | None, run_dir: Path) -> RunState | None:
-    """The state of a life that began after `before` was read; None: none has begun."""
-    state = read_state(run_dir)
-    return None if state is None or (before is not None and state.started == before.started) else state
 
 
 def _code(code: int, state: RunState | None, was_asked: bool) -> int:

@@ -85,3 +85,9 @@ def read_state(run_dir: Path) -> RunState | None:
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     return replace(state, state="died") if state.state == "running" and not is_locked(run_dir) else state
+
+
+def read_life_since(before: RunState | None, run_dir: Path) -> RunState | None:
+    """The state of a life that began after `before` was read; None: none has begun."""
+    state = read_state(run_dir)
+    return None if state is None or (before is not None and state.started == before.started) else state

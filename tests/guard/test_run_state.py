@@ -9,7 +9,7 @@ import pytest
 
 from megalite.errors import EXIT_DATA, EXIT_FAILURE, EXIT_REQUEUE, DataError, Preempted
 from megalite.guard.lock import RunLock, is_locked
-from megalite.guard.run_state import STATE_FILE, LifeRecord, read_state
+from megalite.guard.run_state import STATE_FILE, LifeRecord, read_life_since, read_state
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,17 @@ def test_a_run_that_was_told_to_stop_before_its_end_is_stopped(tmp_path):
     with LifeRecord(tmp_path, 1) as life:
         life.stands(5, 5, 9)
     assert read_state(tmp_path).state == "stopped"
+
+
+def test_a_life_that_began_since(tmp_path):
+    assert read_life_since(None, tmp_path) is None
+    with LifeRecord(tmp_path, 1):
+        pass
+    first = read_life_since(None, tmp_path)
+    assert first is not None
+    assert read_life_since(first, tmp_path) is None, "it is the one that was there before"
+    with LifeRecord(tmp_path, 1):
+        assert read_life_since(first, tmp_path).started > first.started
 
 
 def test_running_without_a_lock_is_died(tmp_path):

@@ -42,8 +42,7 @@ def test_what_cannot_be_sent_is_said_before_anything_starts(tmp_path, monkeypatc
         room.start_deepspeed(several)
 
 
-BEFORE = RunState("failed", 1.0, 2.0, 4, "one", 10, exit_code=1)
-RUNNING = replace(BEFORE, started=3.0, exit_code=None)
+RUNNING = RunState("running", 3.0, 4.0, 4, "one", 10)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,6 @@ RUNNING = replace(BEFORE, started=3.0, exit_code=None)
     [
         (3, None, 3),
         (0, None, 0),  # the run directory is another disk
-        (3, BEFORE, 3),
         (0, RUNNING, 1),  # pdsh was killed
         (247, RUNNING, 247),
         (241, replace(RUNNING, exit_code=2), 2),
@@ -62,4 +60,4 @@ RUNNING = replace(BEFORE, started=3.0, exit_code=None)
     ],
 )
 def test_what_rank_0_wrote_down_says_what_became_of_the_run(code, now, outcome):
-    assert room._outcome(code, BEFORE, now) == outcome
+    assert room._outcome(code, now) == outcome
