@@ -184,7 +184,7 @@ def check_all_reduce(config: DoctorConfig) -> Iterator[Check]:
     """How fast ranks on this host add up a tensor; only where asked for, for it starts them."""
     if config.nproc_per_node is None:
         return
-    from megalite.node_checks import Bandwidth, measure
+    from megalite.bandwidth import Bandwidth, measure
 
     from .spawn import spawn_ranks
 

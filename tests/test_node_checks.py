@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megalite import node_checks
+from megalite.bandwidth import measure_all_reduce
 from megalite.config.place import Place
 from megalite.errors import EXIT_CONFIG, EXIT_RESOURCE
 from megalite.launch.spawn import spawn_ranks
-from megalite.node_checks import Node, find_problems, find_warnings, look_at_nodes, main, measure_all_reduce
+from megalite.node_checks import Node, find_problems, find_warnings, look_at_nodes, main
 from tests.ranks import run_ranks
 
 FIRST = Node(0, 0, "a", "CPU", "eth0", {"torch": "2.13"}, 0.0, 0.0, 0.0, True)

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megalite.bandwidth import Bandwidth
 from megalite.config.schema import DoctorConfig
 from megalite.errors import EXIT_RESOURCE, ConfigError
 from megalite.launch import doctor_checks as checks
 from megalite.launch import node_checks as nodes
 from megalite.launch.doctor import doctor
-from megalite.node_checks import Bandwidth
 
 
 def only(found, name=None):
