@@ -107,22 +107,33 @@ def _outcome(code: int, life: RunState | None) -> int:
     if life is None:
         return code
     if life.exit_code is None:
-        return code or EXIT_FAILURE
+        return code if code not in (EXIT_OK, EXIT_REQUEUE) else EXIT_FAILURE  # it was not asked, or did not hear
     return code if code == ENDED and life.exit_code not in (EXIT_OK, EXIT_REQUEUE) else life.exit_code
 
 
 def deepspeed_command(training: Training) -> list[str]:
     """The command line. Raises `ConfigError` for a hostfile that does not hold the hosts that `launch.nodes` counts."""
     launch = training.config.launch
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={training.ranks_per_node}"]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     if launch.nodes == 1:
-        command += ["--master_addr=127.0.0.1", f"--master_port={launch.port or free_port()}"]
+        # Without a file of hosts: where none is given the runner takes /job/hostfile, if that is there.
+        command += [_devices(training), "--hostfile=", "--master_addr=127.0.0.1"]
+        command += [f"--master_port={launch.port or free_port()}"]
     else:
         command += [
-            f"--hostfile={launch.hostfile}", f"--num_nodes={launch.nodes}", f"--master_port={launch.port or PORT}",
-            f"--master_addr={launch.address or _hosts(training)[0]}",
+            f"--num_gpus={training.ranks_per_node}", f"--hostfile={launch.hostfile}", f"--num_nodes={launch.nodes}",
+            f"--master_port={launch.port or PORT}", f"--master_addr={launch.address or _hosts(training)[0]}",
         ]  # fmt: skip
     return [*command, "--no_local_rank", "--module", "megalite.train"]
+
+
+def _devices(training: Training) -> str:
+    """On this host. To a number of devices the runner takes the first ones, whatever CUDA_VISIBLE_DEVICES says."""
+    visible = [device.strip() for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    chosen = visible[: training.ranks_per_node]
+    if training.device == "cuda" and len(chosen) == training.ranks_per_node and all(map(str.isdecimal, chosen)):
+        return f"--include=localhost:{','.join(chosen)}"
+    return f"--num_gpus={training.ranks_per_node}"
 
 
 def describe_deepspeed(training: Training) -> str:

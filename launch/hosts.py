@@ -24,6 +24,7 @@ log = get_logger(__name__)
 
 _LINE_BYTES = 1 << 20
 _POLL_SECONDS = 0.2
+_ANSWER_SECONDS = 10.0  # in which the first host, its patience at an end, tells what it makes of all
 _APPEARS_SECONDS = 1.0  # well below what the first host waits for one that has come
 
 
@@ -98,12 +99,15 @@ def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
             with suppress(TimeoutError, OSError, ValueError, TypeError, KeyError):
                 connection, _ = server.accept()
                 connection.settimeout(_POLL_SECONDS * 10)
-                _send(connection, {"mark": mark.name, "time": time.time()})
+                patience = max(deadline - time.monotonic(), 0.0)
+                _send(connection, {"mark": mark.name, "time": time.time(), "patience": patience})
                 told = _receive(connection)
                 if told["config"] != config.run_name:
                     raise ValueError  # another run's, at the same port
-                host = Host(**told["host"])
-                hosts = [known for known in hosts if known.name != host.name] + [host]
+                host = _host(told["host"])
+                # One that asks again takes its own place; machines that were cloned may all have one name.
+                others = [known for known in hosts if (known.name, known.address) != (host.name, host.address)]
+                hosts = [*others, host]
                 blind += [] if told["sees"] else [host.name]
                 answers.append(connection)
         problems = list(_missing(config, hosts, point.hosts)) + list(_problems(hosts))
@@ -140,9 +144,10 @@ def _report(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
                 sees = _appears(Path(config.run_dir) / str(first["mark"]))
                 host = asdict(own) | {"clock": clock}
                 _send(connection, {"config": config.run_name, "host": host, "sees": sees})
-                connection.settimeout(max(deadline - time.monotonic(), 0) + _POLL_SECONDS * 10)
+                # From here on it is the first host who says how long to wait, and for whom.
+                connection.settimeout(float(first["patience"]) + _ANSWER_SECONDS)
                 answer = _receive(connection)
-                return [Host(**host) for host in answer["hosts"]], list(answer["problems"])
+                return [_host(host) for host in answer["hosts"]], list(answer["problems"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error) or type(error).__name__
             time.sleep(_POLL_SECONDS)
@@ -150,6 +155,14 @@ def _report(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
         f"{own.name} cannot reach the first host, {address}:{port}, within launch.start_timeout="
         f"{config.launch.start_timeout:.0f} s: {reason}. Was the run started there? Does a firewall close the port?"
     )
+
+
+def _host(said: dict[str, Any]) -> Host:
+    """Raises `TypeError` for what no host of ours says."""
+    host = Host(**said)
+    if not (isinstance(host.versions, dict) and isinstance(host.stores, dict) and isinstance(host.clock, float)):
+        raise TypeError
+    return host
 
 
 def _appears(mark: Path) -> bool:

@@ -29,6 +29,7 @@ _DEPTH = 6  # of sweeps of sweeps
 _MAX_FOLDERS = 20_000  # the wrong folder was named, or a file system without an end
 _TRAINER = re.compile(r"^trainer:\n(?:[ ].*\n?)+", re.MULTILINE)
 _ROWS = 20  # the last ones, for the time of a step
+_END_OF_TIME = 2.0**36  # in seconds since 1970: what a calendar is made of ends not long after
 _ALIVE_SECONDS = 60.0  # ranks publish every second, in jobs of thousands every few; clocks and disks may lag
 
 
@@ -161,8 +162,10 @@ def read_record(run_dir: Path) -> RunState | None:
         return None
     if state is None or not all(isinstance(text, str) for text in (state.state, state.job, state.host, state.error)):
         return None
-    times = all(isinstance(when, int | float) and math.isfinite(when) for when in (state.started, state.changed))
-    counts = all(type(count) is int for count in (state.step, state.last_step, state.world_size))
+    times = all(isinstance(when, int | float) and abs(when) < _END_OF_TIME for when in (state.started, state.changed))
+    counts = all(
+        type(count) is int and abs(count) < 1 << 63 for count in (state.step, state.last_step, state.world_size)
+    )
     return state if times and counts else None
 
 

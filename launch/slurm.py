@@ -36,8 +36,11 @@ def start_slurm(training: Training) -> int:
     run_dir = Path(config.run_dir)
     _refuse_a_second(run_dir)
     text = script_of(training)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / SCRIPT).write_text(text, encoding="utf-8")
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / SCRIPT).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"run_dir: nothing can be written in {run_dir}: {error}") from None
     job = submit(run_dir / SCRIPT)
     (run_dir / JOB).write_text(job + "\n", encoding="utf-8")
     print(f"job {job}: {run_dir / SCRIPT}; it writes to {log_of(run_dir, job)}")

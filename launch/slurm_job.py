@@ -23,6 +23,7 @@ from megalite.log import setup_logging
 from .lives import FINAL, run_lives, saved_step
 from .prepare import world_of
 from .slurm import command
+from .supervise import clean_environment
 
 _POLL_SECONDS = 0.2
 _REQUEUE_SECONDS = 600.0  # in which the controller may be away when the job goes back into the queue
@@ -106,7 +107,7 @@ class _Step:
     def run(self) -> int:
         """Start ranks and wait for all; returns their exit code."""
         sent = {FROZEN: config_to_send(self._config)}  # a task of a sweep found it in a file
-        environment = dict(os.environ) | sent | _meeting_point(self._config, self._hosts)
+        environment = clean_environment() | sent | _meeting_point(self._config, self._hosts)
         before, told, gone = read_state(self._run_dir), 0, None
         # What is left of ranks and torchruns on nodes that answer is ended within this time.
         patience = 2 * self._config.launch.grace + _MARGIN_SECONDS

@@ -24,10 +24,11 @@ def batch_script(
     `log`: where the job writes, with Slurm's own marks (%j). `body`: what runs once the environment stands.
     """
     options = list(_options(name, launch, ranks_per_node, log)) + ([f"--array={array}"] if array else [])
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "", "set -euo pipefail"]
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), "", "set -eo pipefail"]
     if launch.slurm.modules:
         lines += [f"module load {' '.join(launch.slurm.modules)}"]
     lines += launch.slurm.setup
+    lines += ["set -u"]  # only now: scripts that activate an environment look at variables that are not set
     lines += [f"export {key}={shlex.quote(str(value))}" for key, value in launch.environment.items()]
     return "\n".join([*lines, *body]) + "\n"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from megalite.config.place import PLACES
 from megalite.errors import EXIT_OK, EXIT_REQUEUE
 from megalite.guard.signals import SIGNALS, TOGETHER_SECONDS
 
@@ -45,24 +46,28 @@ def supervise(
     tree = follow(child) if follow else Tree(child)
     with _signals() as received:
         try:
-            _follow(child, tree, received, command[0], grace)
+            has_ranks = _follow(child, tree, received, command[0], grace)
         finally:
             tree.end()
         code = child.wait()
+    if received and not has_ranks and code != EXIT_OK:
+        return EXIT_REQUEUE  # nothing has begun that could be lost
     if received and code not in (EXIT_OK, EXIT_REQUEUE):
         return ENDED  # it was asked to end: whatever it took, that is no failure of the ranks
     return code if code >= 0 else 128 - code
 
 
-def _follow(child: "subprocess.Popen[bytes]", tree: "Tree", received: list[float], name: str, grace: float) -> None:
-    """Until the child has ended, or is to be ended."""
+def _follow(child: "subprocess.Popen[bytes]", tree: "Tree", received: list[float], name: str, grace: float) -> bool:
+    """Until the child has ended, or is to be ended; returns False where it was asked to before any rank stood."""
     asked = deadline = alone = None
+    has_ranks = True
     while child.poll() is None and (deadline is None or time.monotonic() < deadline):
         tree.look()
         now = time.monotonic()
         if received and asked is None:
             # Where nobody listens ranks have not begun, and there is nothing to save.
-            asked, deadline = now, now + (grace if tree.ask() else 0.0)
+            has_ranks = tree.ask()
+            asked, deadline = now, now + (grace if has_ranks else 0.0)
         elif asked is not None and len(received) > 1 and received[-1] - received[0] > TOGETHER_SECONDS:
             deadline = now
         who = tree.deserted()
@@ -71,6 +76,7 @@ def _follow(child: "subprocess.Popen[bytes]", tree: "Tree", received: list[float
             print(f"{who}, but {name} has waited for {grace:.0f} s: ending it", file=sys.stderr)
             deadline = now
         time.sleep(_POLL_SECONDS)
+    return has_ranks
 
 
 def _end_with_parent() -> None:
@@ -155,5 +161,6 @@ def _signals() -> Iterator[list[float]]:
 
 def clean_environment() -> dict[str, str]:
     """This process's variables without those that tell a rank where it stands: the child is to set its own."""
-    places = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in places}
+    return {
+        name: value for name, value in os.environ.items() if name not in PLACES and not name.startswith("TORCHELASTIC_")
+    }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from megalite.config.frozen import config_yaml
-from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE
+from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ResourceError
 from megalite.guard.lock import RunLock
 from megalite.guard.signals import ending_at_once
 from megalite.log import get_logger
@@ -27,13 +27,17 @@ def sweep(arguments: Sequence[str]) -> int:
     with ending_at_once(EXIT_REQUEUE):
         plan = read_command([argument for argument in arguments if argument != "--cfg"])
         jobs = [plan_search(plan)] if plan.settings.trials else plan_grid(plan)
+        metric_of(plan.settings, jobs[0].training.config)  # or its name would be found wrong after all trainings
         if "--cfg" in arguments:
             print("---\n".join(config_yaml(job.training.config) for job in jobs), end="")
             return EXIT_OK
         if jobs[0].training.config.launch.dry_run:
             _describe(plan, jobs)
             return EXIT_OK
-    return search(plan, jobs[0]) if plan.settings.trials else grid(plan, jobs)
+    try:
+        return search(plan, jobs[0]) if plan.settings.trials else grid(plan, jobs)
+    except OSError as error:
+        raise ResourceError(f"sweep.dir: {plan.directory} cannot be written: {error}") from None
 
 
 def grid(plan: Sweep, jobs: Sequence[Job]) -> int:

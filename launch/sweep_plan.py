@@ -16,6 +16,7 @@ from megalite.config.schema_sweep import SweepConfig, SweepKeys
 from megalite.config.sweep import Dimension, combinations, read_sweep
 from megalite.config.validate_sweep import validate_sweep
 from megalite.errors import ConfigError, MegaliteError
+from megalite.metrics.base import EVALUATION, FIGURES
 
 from .prepare import Training, prepare
 
@@ -185,7 +186,11 @@ def _key(line: str) -> str:
 
 
 def metric_of(settings: SweepConfig, config: TrainConfig) -> str:
-    """The name in metrics.jsonl of what is compared."""
+    """The name in metrics.jsonl of what is compared. Raises `ConfigError` for one that no row will hold."""
     if settings.metric:
+        sources = [store.source for store in config.data.validation]
+        names = [*FIGURES, *(f"eval/{source}/{figure}" for source in sources for figure in EVALUATION)]
+        if settings.metric not in names:
+            raise ConfigError(f"sweep.metric: found {settings.metric!r}, allowed: {', '.join(names)}")
         return settings.metric
     return f"eval/{config.data.validation[0].source}/loss" if config.data.validation else "loss"

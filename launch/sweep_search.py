@@ -15,8 +15,9 @@ from typing import Any
 
 from megalite.config.frozen import read_config
 from megalite.config.sweep import Dimension
-from megalite.errors import EXIT_OK, EXIT_REQUEUE, ConfigError, MegaliteError, ResourceError
+from megalite.errors import EXIT_OK, EXIT_REQUEUE, EXIT_RESOURCE, ConfigError, MegaliteError, ResourceError
 from megalite.guard.lock import RunLock, is_locked
+from megalite.guard.observer import read_json
 from megalite.guard.run_state import read_state
 from megalite.log import get_logger
 from megalite.metrics.jsonl import read_metrics
@@ -28,6 +29,7 @@ log = get_logger(__name__)
 
 STUDY_FILE = "study.sqlite"
 _SEARCH_FILE = "search.json"
+_KILLED = 128  # exit codes of what a signal ended, for want of memory for instance
 _PAUSE_SECONDS = 1.0  # between two looks at figures, and at trials that nobody works on
 
 
@@ -157,8 +159,8 @@ class Search:
         value = read_figures(job.run_dir).get(self._metric, math.nan) if is_finished(job) else math.nan
         if math.isfinite(value):
             self._study.tell(trial, value)
-        elif code == EXIT_REQUEUE and job.label not in self._hopeless:
-            return False
+        elif job.label not in self._hopeless and (code in (EXIT_REQUEUE, EXIT_RESOURCE) or code >= _KILLED):
+            return False  # the machine ended it, and not its values: the next command goes on with it
         else:
             self._study.tell(trial, state=states.PRUNED if code == EXIT_REQUEUE else states.FAIL)
         return True
@@ -232,9 +234,12 @@ class Search:
             "metric": sweep.settings.metric,
             "direction": sweep.settings.direction,
         }
-        if not path.exists():
-            path.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        elif (found := json.loads(path.read_text(encoding="utf-8"))) != said:
+        found = read_json(path, {})  # nothing, where a disk was full
+        if not found:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        elif found != said:
             what = next(key for key in said if found.get(key) != said[key])
             raise ConfigError(
                 f"sweep.dir: {sweep.directory} holds a search with other {what}: {found.get(what)}, and not "

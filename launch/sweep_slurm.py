@@ -10,7 +10,7 @@ from megalite.config.frozen import save_config
 from megalite.errors import EXIT_FAILURE, EXIT_OK, ResourceError
 from megalite.log import get_logger
 
-from .slurm import JOB, SCRIPT, command, submit
+from .slurm import SCRIPT, command, submit
 from .slurm_script import batch_script
 from .sweep_plan import Job, Sweep
 from .sweep_state import JOBS, is_finished
@@ -18,6 +18,8 @@ from .sweep_state import JOBS, is_finished
 log = get_logger(__name__)
 
 ARRAY_FILE = "array.json"  # the command, and the label of each task of the array
+JOB = "array_job.txt"  # its number; by another name than that of a run's job, for here is no run
+CONFIG = "training.yaml"  # of one task
 _POLL_SECONDS = 2.0
 
 
@@ -31,7 +33,7 @@ def start_array(sweep: Sweep, jobs: Sequence[Job], tasks: Iterable[int]) -> int:
     script = describe_array(sweep, jobs, tasks)
     (sweep.directory / "logs").mkdir(parents=True, exist_ok=True)
     for job in jobs if not sweep.settings.trials else ():
-        save_config(job.training.config, sweep.directory / JOBS / job.label / "config.yaml")
+        save_config(job.training.config, sweep.directory / JOBS / job.label / CONFIG)
     labels = [] if sweep.settings.trials else [job.label for job in jobs]
     array = {"arguments": list(sweep.arguments), "labels": labels}
     (sweep.directory / ARRAY_FILE).write_text(json.dumps(array, indent=1) + "\n", encoding="utf-8")

@@ -131,12 +131,14 @@ def _curves(sweep: Sweep, rows: Sequence[Row], metric: str) -> "Chart | None":
 def _page(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | None, metric: str) -> str:
     from .report_page import render_chart, render_document
 
-    headings = [*sweep.keys, "state", "step", *map(_heading, columns), "run directory"]
+    labels = ["trial"] if sweep.settings.trials else []
+    headings = [*labels, *sweep.keys, "state", "step", *map(_heading, columns), "run directory"]
     head = "".join(f"<th>{escape(name)}</th>" for name in headings)
     lines = []
     for row in rows:
         figures = [_figure(row, name) for name in columns]
-        cells = [*row.values, row.state, f"{row.step:,} of {row.steps:,}", *figures, str(row.run_dir)]
+        label = [row.label.removeprefix("trial_")] if labels else []
+        cells = [*label, *row.values, row.state, f"{row.step:,} of {row.steps:,}", *figures, str(row.run_dir)]
         shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f"<tr class='best'>{shown}</tr>" if row is best else f"<tr>{shown}</tr>")
     parts = [

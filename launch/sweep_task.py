@@ -17,7 +17,7 @@ from .slurm_job import run_job
 from .sweep_plan import Sweep, read_command
 from .sweep_run import Slot, run_side_by_side
 from .sweep_search import Search
-from .sweep_slurm import ARRAY_FILE
+from .sweep_slurm import ARRAY_FILE, CONFIG
 from .sweep_state import JOBS, Outcome, save_outcome
 
 
@@ -41,7 +41,7 @@ def _train(directory: Path, label: str) -> int:
     started = time.time()
     print(f"training {label}", file=sys.stderr)
     try:
-        code = run_job(read_config(directory / JOBS / label / "config.yaml"))
+        code = run_job(read_config(directory / JOBS / label / CONFIG))
     except MegaliteError as caught:
         save_outcome(directory, label, Outcome(started, caught.exit_code, f"{type(caught).__name__}: {caught}"))
         raise

@@ -61,7 +61,7 @@ def test_every_room_keeps_to_its_floor(assembled):
         ("data_tools/readers.py", "from ..mesh import Mesh", {"data-tools", "torch"}),
         ("data_tools/builder/building.py", "from ...launch import spawn", {"floors"}),
         ("errors.py", "def late():\n    import torch\n", {"torch"}),
-        ("config/place.py", "from megalite import mesh", {"floors", "torch"}),
+        ("config/place.py", "from megalite import mesh", {"floors", "data-tools", "torch"}),
         ("optim.py", "def late():\n    import deepspeed\n", {"deepspeed"}),
         ("launch/doctor.py", "import deepspeed.comm", {"deepspeed"}),
     ],

@@ -69,9 +69,13 @@ def sent_config(environment: Mapping[str, str] | None = None) -> TrainConfig | N
     Raises `ConfigError` when it does not fit the schema: another version of megalite is installed here.
     """
     text = (os.environ if environment is None else environment).get(FROZEN, "")
+    where = f"the environment variable {FROZEN}"
     if text.startswith(_ENCODED):
-        text = zlib.decompress(base64.b64decode(text.removeprefix(_ENCODED))).decode()
-    return _load(text, f"the environment variable {FROZEN}") if text else None
+        try:
+            text = zlib.decompress(base64.b64decode(text.removeprefix(_ENCODED))).decode()
+        except (ValueError, zlib.error) as error:
+            raise ConfigError(f"{where} is damaged, or left over from something else: {error}") from None
+    return _load(text, where) if text else None
 
 
 def _load(text: str, where: str) -> TrainConfig:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from megalite.errors import ConfigError
 
+# What launchers tell a rank of its place.
+PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class Place:

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from megalite.config.frozen import FROZEN
+from megalite.config.place import PLACES
 from megalite.config.schema_launch import LaunchConfig, SlurmConfig
 
 # Keys that mean something to some launchers only; the others refuse them, so that no setting is ignored in silence.
@@ -38,6 +40,9 @@ def launch_rules(launch: LaunchConfig) -> Iterator[str]:
     for key in ("start_timeout", "grace"):
         if not 0 < getattr(launch, key) < float("inf"):
             yield f"launch.{key}: found {getattr(launch, key)}, must be above 0 seconds"
+    for key in ("address", "interface", "hostfile") if launch.nodes == 1 else ():
+        if getattr(launch, key) is not None:
+            yield f"launch.{key}: found {getattr(launch, key)!r}, which launch.nodes=1 has no use for"
     if launch.name == "torchrun" and launch.nodes > 1 and not launch.address:
         yield "launch.address: is null; with launch=torchrun on several nodes it is the name of the first of them"
     if launch.name == "deepspeed" and launch.nodes > 1 and not launch.hostfile:
@@ -77,6 +82,8 @@ def _environment_rules(launch: LaunchConfig) -> Iterator[str]:
         key = f"launch.environment.{name}"
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             yield f"{key}: {name!r} is no name of a variable"
+        elif name in PLACES or name == FROZEN:
+            yield f"{key}: is for the launcher to set"
         elif _SECRET.search(name):
             yield f"{key}: would be written to the run directory; export {name} where you start the run instead"
         elif not isinstance(value, str | int | float) or "\n" in str(value):

@@ -22,6 +22,9 @@ _PANELS: dict[str, tuple[str, float]] = {
     "memory_bytes": ("mem/max_gib", 2.0**-30),
 }
 
+FIGURES = tuple(_PANELS)  # of a training's row
+EVALUATION = ("loss", "perplexity", "bits_per_byte")  # of each source, as eval/<source>/<figure>
+
 
 class Sink(Protocol):
     """Takes the figures of a run.

@@ -31,6 +31,24 @@ def test_a_file_that_does_not_hold_the_hosts_is_refused(lines, message, tmp_path
         room.describe_deepspeed(training(tmp_path, lines))
 
 
+@pytest.mark.parametrize(
+    ("visible", "device", "word"),
+    [
+        ("6,7,3", "cuda", "--include=localhost:6,7"),
+        ("GPU-1,GPU-2", "cuda", "--num_gpus=2"),  # the runner knows numbers only
+        ("", "cuda", "--num_gpus=2"),
+        ("6,7", "cpu", "--num_gpus=2"),  # left over from another machine
+    ],
+)
+def test_ranks_of_one_host_take_the_devices_that_are_visible(visible, device, word, tmp_path, monkeypatch):
+    """The runner would ignore them for --num_gpus, and count from 0."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = tiny_config(tmp_path / "run", launch={"name": "deepspeed", "nproc_per_node": 2})
+    words = room.deepspeed_command(Training(config, 2, device))
+    assert word in words
+    assert "--hostfile=" in words, "or /job/hostfile would make several hosts of it"
+
+
 def test_what_cannot_be_sent_is_said_before_anything_starts(tmp_path, monkeypatch):
     several = training(tmp_path, "one slots=2\ntwo slots=2\n", environment={"KEY": "two\nlines"})
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -51,6 +69,7 @@ RUNNING = RunState("running", 3.0, 4.0, 4, "one", 10)
         (3, None, 3),
         (0, None, 0),  # the run directory is another disk
         (0, RUNNING, 1),  # pdsh was killed
+        (75, RUNNING, 1),  # its hosts did not answer when it was to be asked to stop
         (247, RUNNING, 247),
         (241, replace(RUNNING, exit_code=2), 2),
         (143, replace(RUNNING, exit_code=1), 143),  # ended at a second signal

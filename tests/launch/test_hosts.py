@@ -59,6 +59,28 @@ def test_a_host_that_does_not_come_is_named(config, point):
     assert problem == "1 of 2 hosts came within launch.start_timeout=0 s: one; missing: two"
 
 
+def test_machines_of_one_name_are_two_hosts(config, point):
+    names, problems = gather(config, point, [("one", {"address": "127.0.0.2"})])
+    assert (names, problems) == (["one", "one"], [])
+
+
+def test_a_host_that_has_come_hears_who_is_missing_however_early_it_was(config, point, monkeypatch):
+    """Its own patience ends before that of the first host."""
+    config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, nodes=3, start_timeout=2.0))
+    report = room._report
+    monkeypatch.setattr(room, "_report", lambda *args: report(*args[:3], time.monotonic() + 0.5))
+    monkeypatch.setattr(room, "_POLL_SECONDS", 0.02)
+    _, [problem] = gather(config, point, [("two", {})])
+    assert problem.startswith("2 of 3 hosts came within launch.start_timeout=2 s: one, two; ")
+
+
+@pytest.mark.parametrize("odd", [{"versions": [1]}, {"stores": None}, {"clock": "noon"}])
+def test_what_no_host_says_is_not_listened_to(config, odd):
+    said = dataclasses.asdict(describe_host(config, "127.0.0.1")) | odd
+    with pytest.raises(TypeError):
+        room._host(said)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

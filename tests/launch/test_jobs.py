@@ -170,6 +170,19 @@ def test_damage_beside_what_is_whole(tmp_path):
     assert (found.state, found.step, found.loss, found.tokens_per_second) == ("unknown", 5, None, None)
 
 
+@pytest.mark.parametrize("odd", [{"step": 10**400}, {"last_step": -(10**400)}, {"started": 1e18}, {"started": 10**400}])
+def test_numbers_out_of_this_world_spoil_one_run_alone(tmp_path, odd, capsys):
+    write_run(tmp_path / "whole", "finished", step=100, last_step=100)
+    write_run(tmp_path / "odd", "running")
+    path = tmp_path / "odd/state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    states = {name: run.state for name, run in found_in(tmp_path).items()}
+    assert states["whole"] == "finished"
+    assert states["odd"] != "running"
+    to_table(tmp_path, look(tmp_path), 100)
+    assert json.loads(to_json(tmp_path, look(tmp_path)))
+
+
 def test_the_first_error_of_a_run_that_failed(tmp_path):
     run = write_run(tmp_path / "run", "failed", error="RuntimeError: Connection reset by peer")
     write_log(run, 0, (3, "ERROR", "RuntimeError: Connection reset by peer"))

@@ -16,7 +16,7 @@ from megalite.config.validate_launch import time_limit
 from megalite.errors import ConfigError, ResourceError
 from megalite.launch.cli import main
 from megalite.launch.prepare import Training, world_of
-from megalite.launch.slurm import command, script_of
+from megalite.launch.slurm import command, script_of, start_slurm
 from megalite.launch.slurm_job import srun_command
 from megalite.launch.training import LAUNCHERS
 
@@ -113,9 +113,25 @@ def test_a_configuration_of_thousands_of_stores_reaches_the_ranks():
         config_to_send(dataclasses.replace(config, data=dataclasses.replace(config.data, train=noise)))
 
 
+def test_a_run_directory_that_cannot_be_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match=r"run_dir: nothing can be written in .*file/run: .*Not a directory"):
+        start_slurm(training("launch=slurm", "launch.nproc_per_node=2", f"run_dir={tmp_path}/file/run"))
+
+
+@pytest.mark.parametrize("text", ["zlib+base64:", "zlib+base64:eJw", "zlib+base64:c2VlZA==", "zlib+base64:é"])
+def test_a_damaged_configuration_in_the_environment_is_named(text):
+    with pytest.raises(ConfigError, match="the environment variable MEGALITE_CONFIG is damaged"):
+        sent_config({FROZEN: text})
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("launch=torchrun launch.address=x", r"launch.address: found 'x', which launch.nodes=1 has no use for"),
+        ("launch=torchrun launch.interface=ib0", r"launch.interface: found 'ib0', which launch.nodes=1 has no use for"),
+        ("launch.environment={RANK:5}", r"launch.environment.RANK: is for the launcher to set"),
+        ("launch.environment={MEGALITE_CONFIG:x}", r"launch.environment.MEGALITE_CONFIG: is for the launcher to set"),
         ("launch.nodes=2", r"launch.nodes: found 2, which launch=local has no use for; it is for launch=torchrun"),
         ("launch.slurm.partition=gpu", r"launch.slurm: found values, which launch=local has no use for"),
         ("launch.wait=true", "launch.wait: found True, which launch=local"),

@@ -10,6 +10,7 @@ import sqlite3
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 
 from megalite.config.sweep import Dimension
@@ -140,6 +141,37 @@ def test_both_ends_are_checked_before_anything_starts(command, capsys):
     assert main([*command, *arguments]) == 2
     assert capsys.readouterr().err.startswith("ConfigError: highest: optimizer.weight_decay: found -1")
     assert not Path("outputs").exists()
+
+
+def test_a_trial_that_the_machine_ended_goes_on_with_the_next_command(command, capsys):
+    """Killed, for want of memory for instance: its values are not to blame."""
+    arguments = [*command, LR, "sweep.trials=2"]
+    DIRECTORY.mkdir(parents=True)
+    (DIRECTORY.parent / "hold").touch()
+    process = start(arguments)
+    wait_until(lambda: list(DIRECTORY.glob("*/metrics.jsonl")))
+    (training,) = psutil.Process(process.pid).children()
+    (DIRECTORY.parent / "hold").unlink()
+    training.kill()
+    process.join()
+    assert process.exitcode == 137
+    assert trials() == [(0, "RUNNING"), (1, "COMPLETE")]
+    assert main(arguments) == 0
+    assert trials() == [(0, "COMPLETE"), (1, "COMPLETE")]
+
+
+@pytest.mark.parametrize("text", ["", "{"])
+def test_a_search_that_a_full_disk_kept_from_beginning_begins(command, text):
+    DIRECTORY.mkdir(parents=True)
+    (DIRECTORY / "search.json").write_text(text)
+    assert main([*command, LR, "sweep.trials=1"]) == 0
+
+
+@pytest.mark.parametrize("kind", [["sweep.trials=2", LR], ["optimizer.lr=1e-3,1e-2"]])
+def test_a_metric_that_no_row_will_hold_is_refused_before_any_training(command, capsys, kind):
+    assert main([*command, *kind, "sweep.metric=nosuch"]) == 2
+    assert "sweep.metric: found 'nosuch', allowed: loss, " in capsys.readouterr().err
+    assert not list(DIRECTORY.glob("*/metrics.jsonl"))
 
 
 def test_a_signal_leaves_the_trial_to_the_next_command(command):

@@ -12,8 +12,8 @@ from megalite.config.frozen import FROZEN, read_config, sent_config
 from megalite.errors import ResourceError
 from megalite.launch import sweep_plan, sweep_slurm, sweep_task
 from megalite.launch.cli import main
-from megalite.launch.slurm import JOB
-from megalite.launch.sweep_slurm import is_queued
+from megalite.launch.run_status import survey
+from megalite.launch.sweep_slurm import CONFIG, JOB, is_queued
 from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub
 from tests.launch.test_sweep_search import LR, lives, run_by_hand, trials, wait_until
 
@@ -115,7 +115,16 @@ def test_a_task_takes_the_configuration_of_its_number(command, monkeypatch):
     seen = []
     run_tasks(monkeypatch, [3, 1], lambda config: seen.append(config) or 0)
     assert [(config.optimizer.lr, config.seed) for config in seen] == [(0.01, 2), (0.001, 2)]
-    assert read_config(DIRECTORY / "jobs" / "lr=0.01,seed=2" / "config.yaml") == seen[0]
+    assert read_config(DIRECTORY / "jobs" / "lr=0.01,seed=2" / CONFIG) == seen[0]
+
+
+def test_jobs_lists_the_trainings_of_an_array_and_nothing_else(command, monkeypatch):
+    """The sweep's own directory, and what it keeps of each task, are no runs."""
+    assert main([*command, "seed=1,2"]) == 0
+    assert [run.run for run in survey(Path("outputs")).runs] == []
+    run_tasks(monkeypatch, [1], lambda config: finish(config) or 0)
+    (run,) = survey(Path("outputs")).runs
+    assert run.run == "sweeps/s/seed=2"
 
 
 def test_the_ranks_of_a_task_are_sent_its_configuration(command, monkeypatch):
@@ -144,7 +153,7 @@ def test_waiting_ends_with_the_queue_and_says_whether_all_is_well(command, monke
         asked.append(seconds)
         Path("queue").unlink()
         if len(asked) > 1:
-            for path in DIRECTORY.glob("jobs/*/config.yaml"):
+            for path in DIRECTORY.glob(f"jobs/*/{CONFIG}"):
                 finish(read_config(path))
 
     asked = []
