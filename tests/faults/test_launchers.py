@@ -183,12 +183,13 @@ def test_ranks_that_torchrun_starts_again_find_each_other_on_the_store_of_the_de
     """The store of an agent of torch 2.13 outlives its ranks: who comes first finds the other one's old address."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     elastic = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), **elastic}.items():
+    for name, value in elastic.items():
         monkeypatch.setenv(name, value)
 
     def rank_main(place):
         time.sleep(0.5 * (place.rank == late))
-        start_process_group(dataclasses.replace(place, init_method="env://"), torch.device("cpu"))
+        met = {"init_method": "env://", "address": "127.0.0.1", "port": store.port}
+        start_process_group(dataclasses.replace(place, **met), torch.device("cpu"))
         ones = torch.ones(1)
         dist.all_reduce(ones)
         assert ones.item() == 2
