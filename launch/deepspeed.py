@@ -16,7 +16,7 @@ from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ConfigError, Re
 from megalite.guard.observer import FOLDER
 from megalite.guard.run_state import RunState, read_life_since, read_state
 from megalite.guard.stall import parse_record
-from megalite.network import free_port
+from megalite.network import PORT_SECONDS, await_port, free_port
 
 from .far_ranks import MARK, FarRanks
 from .lives import run_lives
@@ -39,6 +39,8 @@ def start_deepspeed(training: Training) -> int:
     def once() -> int:
         if config.launch.nodes > 1:
             return _run_over_hosts(training)
+        if config.launch.port:
+            await_port("127.0.0.1", config.launch.port, PORT_SECONDS)
         return supervise(deepspeed_command(training), rank_environment(config), config.launch.grace)
 
     return run_lives(once, config)

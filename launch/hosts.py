@@ -18,7 +18,7 @@ from megalite.data.format import TokenStore
 from megalite.errors import DataError, ResourceError
 from megalite.host import CLOCK_SECONDS, package_versions, shared_mark
 from megalite.log import get_logger
-from megalite.network import interface_of, is_own
+from megalite.network import PORT_SECONDS, await_port, interface_of, is_own, listen
 
 log = get_logger(__name__)
 
@@ -59,6 +59,7 @@ def meet(config: TrainConfig, point: MeetingPoint, address: str) -> list[Host]:
     own = describe_host(config, address)
     deadline = time.monotonic() + config.launch.start_timeout
     if is_own(point.address):
+        await_port(own.address, point.port, PORT_SECONDS)  # ranks' launchers meet there next
         hosts, problems = _gather(config, point, own, deadline)
     else:
         hosts, problems = _report(config, point, own, deadline)
@@ -92,7 +93,7 @@ def _store(path: str) -> str:
 def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:
     """The first host: hear the others, judge, tell them."""
     hosts, answers = [own], []
-    with shared_mark(Path(config.run_dir)) as mark, _listen(own.address, point.port + 1) as server:
+    with shared_mark(Path(config.run_dir)) as mark, listen(own.address, point.port + 1) as server:
         server.settimeout(_POLL_SECONDS)
         blind = []  # hosts that do not see what is written to run_dir here
         while len(hosts) < config.launch.nodes and time.monotonic() < deadline:
@@ -121,16 +122,6 @@ def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
             with suppress(OSError), connection:
                 _send(connection, {"hosts": [asdict(host) for host in hosts], "problems": problems})
     return hosts, problems
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        return socket.create_server((address, port), family=family)
-    except OSError as error:
-        raise ResourceError(
-            f"{socket.gethostname()} cannot listen on {address}:{port}: {error.strerror}; choose another launch.port"
-        ) from None
 
 
 def _report(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:

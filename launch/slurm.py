@@ -23,7 +23,7 @@ SCRIPT = "job.sbatch"
 JOB = "job.txt"  # the number of the job that was submitted last
 _POLL_SECONDS = 2.0  # `sbatch --wait` looks ever more seldom, up to half a minute
 _COMMAND_SECONDS = 60.0  # a client whose controller is gone waits for minutes
-_PATIENCE_SECONDS = 600.0  # that a controller may be away while a job is waited for
+PATIENCE_SECONDS = 600.0  # that a controller may be away while a job is waited for
 _FINAL_STATES = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
     "REVOKED",
@@ -73,17 +73,18 @@ def submit(script: Path, after: Sequence[str] = ()) -> str:
     return command("sbatch", "--parsable", *dependency(after), str(script)).strip().partition(";")[0]
 
 
-def command(*arguments: str, patience: float = 0.0) -> str:
+def command(*arguments: str, patience: float = 0.0, final: str = "\0") -> str:
     """What a command of Slurm prints. Raises `ResourceError` when it fails, and `ConfigError` when there is none.
 
-    `patience`: seconds for which it is tried again; Slurm's controller may be restarted at any time.
+    `patience`: seconds for which it is tried again; Slurm's controller may be restarted at any time. `final`: words of
+    an error that no other try would mend.
     """
     deadline = time.monotonic() + patience
     while True:
         try:
             return _command_once(*arguments)
-        except ResourceError:
-            if time.monotonic() > deadline:
+        except ResourceError as error:
+            if final in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(min(patience, 10.0))
 
@@ -105,7 +106,7 @@ def _command_once(*arguments: str) -> str:
 
 def wait_for(job: str) -> int:
     """Wait until a job has ended for good; returns its exit code (EXIT_FAILURE when Slurm ended it)."""
-    while (found := job_state(job, _PATIENCE_SECONDS))[0] not in _FINAL_STATES:
+    while (found := job_state(job, PATIENCE_SECONDS))[0] not in _FINAL_STATES:
         time.sleep(_POLL_SECONDS)
     state, code = found
     print(f"job {job}: {state}, exit code {code}", file=sys.stderr)

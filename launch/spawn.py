@@ -4,6 +4,7 @@ Ranks are forked from a parent that has done the slow imports and has touched no
 there is a GPU, so there each rank imports it). They meet through a file, so no port is taken.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,11 +35,14 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
 
     When one rank fails, the others, which wait for it in a collective, are ended, and the first failure's code is
     returned; ranks that were asked to stop each end in their own time. A `MegaliteError` is printed without a
-    traceback, and once when several ranks raise the same. SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks. A
-    rank dies with its parent.
+    traceback, and once when several ranks raise the same. SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks; when
+    one ends a rank that does not listen yet, the code is EXIT_REQUEUE: nothing has begun that could be lost. A rank
+    dies with its parent.
     """
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory(prefix="megalite-") as folder:
+    # Held back, in ranks too, until there is somebody to pass them on to: none is lost, and none runs a handler twice.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    with _unblocked_after(before), tempfile.TemporaryDirectory(prefix="megalite-") as folder:
         init_method = f"file://{Path(folder) / 'store'}"
         ranks = [
             context.Process(
@@ -48,29 +52,41 @@ def spawn_ranks(target: Callable[[Place], None], world_size: int) -> int:
                     Place(r, r, world_size, world_size, init_method, started=process_started()),
                     os.getpid(),
                     Path(folder),
+                    before,
                 ),
                 name=f"rank {r}",
             )
             for r in range(world_size)
         ]
-        for process in ranks:
-            process.start()
-        previous = {number: signal.signal(number, _forwarder(ranks)) for number in SIGNALS}
+        passed_on: list[int] = []
+        previous = {number: signal.signal(number, _forwarder(ranks, passed_on)) for number in SIGNALS}
         try:
-            return _wait(ranks)
+            for process in ranks:
+                process.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return _wait(ranks, passed_on)
         finally:
             _end(ranks)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def _run(target: Callable[[Place], None], place: Place, parent: int, folder: Path) -> None:
-    """The life of one rank; `folder` is shared by all of them."""
+@contextlib.contextmanager
+def _unblocked_after(mask: Iterable[int]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _run(target: Callable[[Place], None], place: Place, parent: int, folder: Path, mask: Iterable[int]) -> None:
+    """The life of one rank; `folder` is shared by all of them, `mask` the signals that are blocked in it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(EXIT_FAILURE)  # the parent died before the line above
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine: listen on the loopback only
     code = 0
     try:
@@ -107,7 +123,7 @@ def _is_first_to_say(message: str, folder: Path) -> bool:
     return True
 
 
-def _wait(ranks: Sequence[BaseProcess]) -> int:
+def _wait(ranks: Sequence[BaseProcess], passed_on: Sequence[int]) -> int:
     waiting: dict[Any, BaseProcess] = {process.sentinel: process for process in ranks}
     code = 0
     while waiting:
@@ -117,6 +133,8 @@ def _wait(ranks: Sequence[BaseProcess]) -> int:
             if process.exitcode == EXIT_REQUEUE:
                 code = EXIT_REQUEUE  # by agreement: the others come to it too
             elif process.exitcode:
+                if -process.exitcode in passed_on:
+                    return EXIT_REQUEUE
                 if process.exitcode < 0:
                     print(f"{process.name} was ended by {_describe_signal(-process.exitcode)}", file=sys.stderr)
                 return process.exitcode if process.exitcode > 0 else 128 - process.exitcode
@@ -129,8 +147,9 @@ def _describe_signal(number: int) -> str:
     return f"signal {number} ({signal.Signals(number).name}){hint}"
 
 
-def _forwarder(ranks: Sequence[BaseProcess]) -> Callable[[int, FrameType | None], None]:
+def _forwarder(ranks: Sequence[BaseProcess], passed_on: list[int]) -> Callable[[int, FrameType | None], None]:
     def forward(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         for process in ranks:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
@@ -139,10 +158,11 @@ def _forwarder(ranks: Sequence[BaseProcess]) -> Callable[[int, FrameType | None]
 
 
 def _end(ranks: Sequence[BaseProcess]) -> None:
-    for process in ranks:
+    started = [process for process in ranks if process.pid is not None]
+    for process in started:
         if process.is_alive():
             process.terminate()
-    for process in ranks:
+    for process in started:
         process.join(_GRACE_SECONDS)
         if process.is_alive():
             process.kill()

@@ -60,6 +60,7 @@ def read_command(arguments: Sequence[str]) -> Sweep:
     own = [argument for argument in arguments if argument.startswith(("sweep.", "sweep="))]
     settings = compose_config("sweep", SweepKeys, own).sweep
     single, dimensions = read_sweep([argument for argument in arguments if argument not in own])
+    dimensions = sorted(dimensions, key=lambda one: one.key)  # said in another order it is the same sweep
     validate_sweep(settings, dimensions)
     if settings.trials and (given := [line for line in single if _key(line) in ("run_dir", "run_name")]):
         raise ConfigError(f"{given[0]}: the trainings of a search have folders and names of their own; see sweep.dir")

@@ -248,10 +248,19 @@ class Search:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """No other process looks at the study within the block; waits for it."""
+        """No other process looks at the study within the block; waits for it. Raises `ResourceError` for its file."""
+        from sqlalchemy.exc import SQLAlchemyError
+
         with open(self._sweep.directory / "study.lock", "w", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            except (SQLAlchemyError, self._optuna.exceptions.StorageInternalError) as error:
+                reason = str(error.__cause__ or error).partition("\n")[0]
+                raise ResourceError(
+                    f"sweep.dir: {self._sweep.directory / STUDY_FILE} cannot be read or written: {reason}; restore it, "
+                    f"or choose another sweep.name: what was trained stays in {self._sweep.directory}"
+                ) from None
 
 
 def label_of_trial(number: int) -> str:

@@ -10,7 +10,7 @@ from megalite.config.frozen import save_config
 from megalite.errors import EXIT_FAILURE, EXIT_OK, ResourceError
 from megalite.log import get_logger
 
-from .slurm import SCRIPT, command, submit
+from .slurm import PATIENCE_SECONDS, SCRIPT, command, submit
 from .slurm_script import batch_script
 from .sweep_plan import Job, Sweep
 from .sweep_state import JOBS, is_finished
@@ -21,6 +21,7 @@ ARRAY_FILE = "array.json"  # the command, and the label of each task of the arra
 JOB = "array_job.txt"  # its number; by another name than that of a run's job, for here is no run
 CONFIG = "training.yaml"  # of one task
 _POLL_SECONDS = 2.0
+_FORGOTTEN = "Invalid job id"  # squeue's words for a job that has long ended
 
 
 def start_array(sweep: Sweep, jobs: Sequence[Job], tasks: Iterable[int]) -> int:
@@ -43,7 +44,7 @@ def start_array(sweep: Sweep, jobs: Sequence[Job], tasks: Iterable[int]) -> int:
     print(f"job {number}: {sweep.directory / SCRIPT}; it writes to {sweep.directory / 'logs'}")
     if not config.launch.wait:
         return EXIT_OK
-    while is_queued(number):
+    while is_queued(number, PATIENCE_SECONDS):
         time.sleep(_POLL_SECONDS)
     return EXIT_OK if sweep.settings.trials or all(is_finished(job) for job in jobs) else EXIT_FAILURE
 
@@ -63,13 +64,17 @@ def describe_array(sweep: Sweep, jobs: Sequence[Job], tasks: Iterable[int]) -> s
     )
 
 
-def is_queued(job: str) -> bool:
-    """Whether a job, or a task of an array, waits or runs. Raises `ResourceError` when Slurm does not answer."""
+def is_queued(job: str, patience: float = 0.0) -> bool:
+    """Whether a job, or a task of an array, waits or runs; a controller may be away for `patience` seconds.
+
+    Raises `ResourceError` when Slurm does not answer.
+    """
     try:
-        return bool(command("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip())
+        words = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+        return bool(command(*words, patience=patience, final=_FORGOTTEN).strip())
     except ResourceError as error:
-        if "Invalid job id" in str(error):
-            return False  # forgotten: it ended minutes ago
+        if _FORGOTTEN in str(error):
+            return False  # it ended minutes ago
         raise
 
 

@@ -6,7 +6,7 @@ import sys
 
 from megalite.config.frozen import FROZEN, config_to_send
 from megalite.config.schema import TrainConfig
-from megalite.network import addresses_of, is_own, outer_address
+from megalite.network import PORT_SECONDS, addresses_of, await_port, is_own, outer_address
 
 from .hosts import MeetingPoint, meet
 from .lives import run_lives
@@ -32,6 +32,8 @@ def run_on_host(config: TrainConfig, nproc: int, point: MeetingPoint | None) -> 
     if point:
         own = host_address(config, point)
         meet(config, point, own)
+    elif config.launch.port:
+        await_port("127.0.0.1", config.launch.port, PORT_SECONDS)
     return supervise(torchrun_command(config, nproc, point, own), environment, config.launch.grace)
 
 

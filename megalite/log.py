@@ -29,9 +29,21 @@ def setup_logging(rank: int = 0, log_file: Path | None = None) -> None:
     terminal.setFormatter(logging.Formatter(prefix + "%(message)s"))
     root.addHandler(terminal)
     if log_file is not None:
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        file = _PatientFileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file)
+
+
+class _PatientFileHandler(logging.FileHandler):
+    """Says once that a disk takes no more, and goes on trying: its buffer keeps what is to be written."""
+
+    _has_warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """Within an `except` of logging's."""
+        if not self._has_warned:
+            self._has_warned = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}. This is said once.\n")
 
 
 @contextlib.contextmanager

@@ -1,17 +1,47 @@
 """Which way leads to another host."""
 
 import ipaddress
+import os
 import socket
+import time
 
 import psutil
 
 from megalite.errors import ResourceError
+
+PORT_SECONDS = 5.0  # for the last life's launcher to let go of its port
+_POLL_SECONDS = 0.2
 
 
 def free_port() -> int:
     """A TCP port that nobody on this host listens on; another process may be quicker to take it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A TCP server of this host. Raises `ResourceError`, which names the port, where there can be none."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)  # its own words repeat the address
+        raise ResourceError(
+            f"{socket.gethostname()} cannot listen on {address}:{port}: {reason}; choose another launch.port"
+        ) from None
+
+
+def await_port(address: str, port: int, seconds: float) -> None:
+    """Return once `port` can be listened on. Raises `ResourceError` when it cannot be for so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            listen(address, port).close()
+            return
+        except ResourceError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)
 
 
 def own_address(towards: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -81,8 +82,7 @@ def train(config: TrainConfig, place: Place) -> None:
         stack.callback(dist.destroy_process_group)
         vitals.enter("start", "configuration")
         sharing = find_sharing(run_dir)
-        if sharing.is_first and place.rank != 0:
-            stack.enter_context(contextlib.closing(RunLock(run_dir)))
+        stack.enter_context(_other_lock(sharing, run_dir))
         (run_dir / "logs").mkdir(exist_ok=True)
         _check_agreement(config)
         setup_logging(place.rank, run_dir / "logs" / f"rank_{place.rank}.log")
@@ -98,6 +98,24 @@ def train(config: TrainConfig, place: Place) -> None:
             if isinstance(error, Preempted):
                 dist.barrier()  # until rank 0 has closed and written what it had to
             raise
+
+
+def _other_lock(sharing: Sharing, run_dir: Path) -> AbstractContextManager[object]:
+    """That of a directory which rank 0 does not see, for the first who does. Collective: it is refused for all."""
+    lock, problem = None, ""
+    try:
+        lock = RunLock(run_dir) if sharing.is_first and sharing.rank != 0 else None
+    except ResourceError as error:
+        problem = f"{sharing.hosts[sharing.rank]}: {error}"
+    problems: list[str] = [problem]
+    if not sharing.is_whole:
+        problems = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if found := next(filter(None, problems), ""):
+        if lock:
+            lock.close()
+        raise ResourceError(found)
+    return contextlib.closing(lock) if lock else contextlib.nullcontext()
 
 
 def _run(config: TrainConfig, device: torch.device, vitals: Vitals, sharing: Sharing, life: LifeRecord | None) -> None:

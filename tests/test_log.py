@@ -32,6 +32,24 @@ def test_rank_0_speaks_and_the_others_only_of_errors(capsys, tmp_path):
     ]
 
 
+def test_a_disk_that_takes_no_more_is_one_warning_and_loses_nothing(capsys, tmp_path):
+    setup_logging(1, tmp_path / "rank_1.log")
+    (file,) = (h for h in logging.getLogger("megalite").handlers if isinstance(h, logging.FileHandler))
+    real, full = file.stream, open("/dev/full", "w")  # noqa: SIM115
+    file.stream = full
+    for number in range(3):
+        get_logger("megalite.data").info("row %d", number)
+    file.stream = real
+    get_logger("megalite.data").info("row 3")
+    printed = capsys.readouterr().err
+    assert printed.splitlines() == [
+        f"{tmp_path / 'rank_1.log'} cannot be written: [Errno 28] No space left on device. This is said once."
+    ]
+    assert "row 3" in (tmp_path / "rank_1.log").read_text()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
 def test_names_stand_below_one_root():
     assert get_logger("megalite.train").name == "megalite.train"
     assert get_logger("__main__").name == "megalite.__main__"

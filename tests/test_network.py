@@ -2,6 +2,7 @@
 
 import collections
 import socket
+import threading
 
 import psutil
 import pytest
@@ -52,3 +53,12 @@ def test_where_there_are_several_ways_one_must_be_chosen(interfaces, monkeypatch
     assert network.addresses_of("eth0") == ["10.0.0.5", "fe80::1%eth0"]
     with pytest.raises(ResourceError, match=r"launch\.interface: found ib0"):
         network.addresses_of("ib0")
+
+
+def test_a_port_that_is_taken_is_named_and_one_that_is_let_go_is_waited_for():
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    with pytest.raises(ResourceError, match=rf"cannot listen on 127.0.0.1:{port}: .*; choose another launch.port"):
+        network.await_port("127.0.0.1", port, 0.3)
+    threading.Timer(0.5, server.close).start()
+    network.await_port("127.0.0.1", port, 20.0)

@@ -71,9 +71,10 @@ class Heartbeat:
             folder.mkdir(parents=True, exist_ok=True)
             # Not emptied: a second job started here by mistake must not cut off the one that runs.
             self._stacks = open(self._path.with_suffix(".stacks"), "ab", buffering=0)  # noqa: SIM115  held open
-            self._signal = _answer_with_stacks(self._stacks.fileno())
+            self._signals = _answer_with_stacks(self._stacks.fileno())
             self._identity = _identify(rank, world_size, machine) | {
-                "signal": self._signal,
+                "signal": self._signals[0],
+                "own_signal": self._signals[1],
                 "launchers": find_launchers() if has_launcher else [],
             }
             self._write()
@@ -113,7 +114,8 @@ class Heartbeat:
         self._obey()  # what ended this rank's work may be that another one obeyed first
         self.enter("end")
         self._publish()
-        faulthandler.unregister(self._signal)
+        for number in self._signals:
+            faulthandler.unregister(number)
         self._stacks.close()
         if self._monitor is not None and self._monitor.stdin is not None:
             self._monitor.stdin.close()  # which it notices
@@ -183,12 +185,17 @@ def _identify(rank: int, world_size: int, machine: str | None) -> dict[str, Any]
     }
 
 
-def _answer_with_stacks(file: int) -> int:
-    """The signal on which all threads' Python stacks go to `file`: by a handler in C, so while the GIL is held too."""
+def _answer_with_stacks(file: int) -> tuple[int, int]:
+    """The signals on which Python stacks go to `file`: those of all threads, and that of the thread that gets it.
+
+    By handlers in C, so while the GIL is held too.
+    """
     # The first real-time signals are used by C libraries.
-    number = next(n for n in range(signal.SIGRTMIN + 8, signal.SIGRTMAX) if signal.getsignal(n) == signal.SIG_DFL)
-    faulthandler.register(number, file, all_threads=True)
-    return number
+    free = (n for n in range(signal.SIGRTMIN + 8, signal.SIGRTMAX) if signal.getsignal(n) == signal.SIG_DFL)
+    numbers = next(free), next(free)
+    for number, all_threads in zip(numbers, (True, False), strict=True):
+        faulthandler.register(number, file, all_threads=all_threads)
+    return numbers
 
 
 def _start_monitor(settings: MonitorSettings) -> "subprocess.Popen[bytes] | None":

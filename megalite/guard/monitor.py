@@ -116,10 +116,16 @@ class Monitor:
 
     def _collect_stacks(self, working: Mapping[int, Record], states: Mapping[int, str]) -> None:
         """Have the `working` ranks, of this machine, write what their threads are at."""
+        # The main thread by itself, and first: looking at the stacks of threads that run may crash the rank. Those of
+        # one that was stopped all run when it continues.
         sizes = {rank: self._stacks_size(rank) for rank in working}
-        for record in working.values():
-            kill_main_thread(record.pid, record.start, record.signal)
+        for rank, record in working.items():
+            kill_main_thread(record.pid, record.start, record.signal if states[rank] == "D" else record.own_signal)
         stopped = {rank: sizes.pop(rank) for rank in working if states[rank] in "Tt"}
+        self._await_stacks(sizes)
+        sizes = {rank: self._stacks_size(rank) for rank in sizes if states[rank] != "D"}
+        for rank in sizes:
+            kill_main_thread(working[rank].pid, working[rank].start, working[rank].signal)
         self._await_stacks(sizes)
         for rank in stopped:  # it was told, but only acts when it continues: for a moment, lest the job go on
             kill(working[rank].pid, working[rank].start, signal.SIGCONT)

@@ -1,6 +1,7 @@
 """What a person reads after a stall: who is late, where everybody stands, and every thread's Python stack."""
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterable, Mapping
@@ -91,9 +92,20 @@ def _find_build_locks() -> list[Path]:
 
 
 def _tidy(stacks: str) -> str:
-    """The main thread first, which faulthandler writes last; without the heartbeat's own."""
-    threads = [thread.strip() for thread in stacks.split("\n\n")]
-    return "\n\n".join(t for t in reversed(threads) if not ('heartbeat.py"' in t and t.endswith(" in _bootstrap")))
+    """The main thread first, which stands by itself before all, or else last; without the heartbeat's own."""
+    threads = [thread.strip() for thread in re.split(r"^(?=Thread 0x|Current thread 0x|Stack \()", stacks, flags=re.M)]
+    alone = [thread for thread in threads if thread.startswith("Stack (")]
+    told = {_frames(thread) for thread in alone}
+    others = [t for t in reversed(threads) if t and _frames(t) not in told and not _is_heartbeat(t)]
+    return "\n\n".join([*alone, *others])
+
+
+def _frames(thread: str) -> str:
+    return thread.partition("\n")[2]
+
+
+def _is_heartbeat(thread: str) -> bool:
+    return 'heartbeat.py"' in thread and thread.endswith(" in _bootstrap")
 
 
 def describe_build_locks() -> str:

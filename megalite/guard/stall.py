@@ -45,7 +45,8 @@ class Record:
     pid: int
     start: int  # of the process, with which its pid is unique
     token: str  # random: no other process, before or after, is this rank of this job
-    signal: int  # makes it write its stacks
+    signal: int  # makes it write the stacks of all its threads
+    own_signal: int  # makes the thread that gets it write its own
     launchers: tuple[tuple[int, int], ...]  # (pid, start): it is an orphan without any of them
     phase: str  # "start" and "start: ..." before the first step; "evaluate", "save", "end", or a part of a step
     step: int

@@ -22,6 +22,7 @@ ANYONE = Record(
     start=1,
     token="a",
     signal=42,
+    own_signal=43,
     launchers=(),
     phase="step",
     step=7,

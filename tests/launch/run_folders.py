@@ -49,7 +49,7 @@ def write_heartbeat(folder, rank, before=0.0, phase="step", host="node2", step=7
     path = folder / "logs" / "heartbeats" / f"rank_{rank:05d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = Record(
-        rank, 2, host, "machine", 1, 1, "token", 42, (), phase=phase, step=step, num_steps=step, num_phases=1,
+        rank, 2, host, "machine", 1, 1, "token", 42, 43, (), phase=phase, step=step, num_steps=step, num_phases=1,
         progress=9, published=9,
     )  # fmt: skip
     path.write_text(json.dumps(asdict(record)).ljust(1024))

@@ -10,8 +10,10 @@ import pytest
 
 from megalite.errors import CheckpointError, ResourceError
 from megalite.launch import hosts as room
+from megalite.launch.deepspeed import start_deepspeed
 from megalite.launch.hosts import MeetingPoint, describe_host, meet
 from megalite.launch.prepare import prepare
+from megalite.launch.torchrun import start_torchrun
 from tests.runs import tiny_config, write_store
 
 
@@ -157,3 +159,25 @@ def test_a_checkpoint_is_looked_at_before_ranks_start_unless_another_host_may_ha
 def test_alone_there_is_nobody_to_meet(config, point):
     launch = dataclasses.replace(config.launch, nodes=1)
     assert len(meet(dataclasses.replace(config, launch=launch), point, "127.0.0.1")) == 1
+
+
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+def test_a_port_that_is_taken_is_said_before_a_launcher_starts(config, name, monkeypatch):
+    monkeypatch.setattr("megalite.launch.torchrun.PORT_SECONDS", 0.1)
+    monkeypatch.setattr("megalite.launch.deepspeed.PORT_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        launch = dataclasses.replace(config.launch, name=name, nodes=1, address=None, nproc_per_node=1, port=port)
+        training = prepare(dataclasses.replace(config, launch=launch))
+        start = {"torchrun": start_torchrun, "deepspeed": start_deepspeed}[name]
+        with pytest.raises(ResourceError, match=rf"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            start(training)
+
+
+def test_the_first_host_looks_at_both_ports(config, point, monkeypatch):
+    monkeypatch.setattr(room, "PORT_SECONDS", 0.1)
+    with (
+        socket.create_server(("127.0.0.1", point.port)),
+        pytest.raises(ResourceError, match=f":{point.port}: Address already in use; choose another launch.port"),
+    ):
+        room.meet(config, point, "127.0.0.1")

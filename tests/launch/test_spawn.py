@@ -4,13 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megalite.config.place import Place
-from megalite.errors import ConfigError, DataError
+from megalite.errors import EXIT_REQUEUE, ConfigError, DataError
 from megalite.launch import spawn
 from megalite.launch.spawn import spawn_ranks
 
@@ -140,6 +141,7 @@ def test_a_rank_that_ignores_the_polite_signal_is_killed(monkeypatch):
 
 PARENT = """
 import os, signal, sys, time
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 from megalite.launch.spawn import spawn_ranks
 folder = Path(sys.argv[1])
@@ -156,6 +158,12 @@ def target(place):
     (folder / f"{place.rank}.tmp").rename(folder / f"pid-{place.rank}")
     time.sleep(60)
 
+def start_and_be_told(process, start=Process.start):
+    start(process)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+if sys.argv[2] == "early":
+    Process.start = start_and_be_told
 sys.exit(spawn_ranks(target, 2))
 """
 
@@ -193,11 +201,35 @@ def test_signals_are_passed_on_to_the_ranks(tmp_path, number):
         wait_until(lambda: all(map(is_gone, pids)))
 
 
-def test_ranks_that_catch_nothing_end_with_the_signals_code(tmp_path):
+def test_ranks_that_do_not_listen_yet_have_begun_nothing(tmp_path):
     with parent(tmp_path, "plain") as (process, pids):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait(20) == EXIT_REQUEUE
         wait_until(lambda: all(map(is_gone, pids)))
+
+
+def test_a_signal_between_the_starts_of_two_ranks_is_passed_on(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT, tmp_path, "early"], env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (EXIT_REQUEUE, "")
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert all(is_gone(int(path.read_text())) for path in tmp_path.glob("pid-*"))
+
+
+def test_ranks_that_cannot_all_be_started_are_an_error_and_none_stays(monkeypatch):
+    def start(process, start=ForkProcess.start):
+        if process.name == "rank 1":
+            raise OSError("no more processes")
+        start(process)
+
+    monkeypatch.setattr(ForkProcess, "start", start)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with pytest.raises(OSError, match="no more processes"):
+        spawn_ranks(sleep_unless(2, None), 2)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
 
 
 def test_ranks_die_with_a_parent_that_is_killed(tmp_path):

@@ -73,7 +73,7 @@ def test_six_trainings_of_which_two_fail_and_the_same_command_again(quick, comma
 def test_what_is_wrong_with_one_training_is_said_before_any_starts(command, capsys):
     assert main([*command, "parallel.tensor=1,2", "optimizer.lr=1e-3,1e-4"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("ConfigError: tensor=2,lr=0.001: parallel.tensor: found 2, must divide")
+    assert said.startswith("ConfigError: lr=0.001,tensor=2: parallel.tensor: found 2, must divide")
     assert not Path("outputs").exists()
 
 
@@ -150,6 +150,13 @@ def test_the_folder_of_a_training(keys, values, label):
     dimensions = tuple(sweep_plan.Dimension(key, key) for key in keys)
     sweep = sweep_plan.Sweep(SweepConfig(), "s", Path("s"), dimensions, (), ())
     assert re.fullmatch(label, label_of(sweep, values))
+
+
+def test_the_order_in_which_keys_are_said_changes_nothing():
+    words = ["trainer.steps=1,2", "optimizer.lr=3e-4,4e-4"]
+    one, two = read_command(words), read_command(words[::-1])
+    assert one.dimensions == two.dimensions
+    assert (one.name, one.keys) == (two.name, ["optimizer.lr", "trainer.steps"])
 
 
 def test_the_sweeps_own_name_follows_what_changes_numbers():

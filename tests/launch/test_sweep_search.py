@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sqlite3
@@ -165,6 +166,21 @@ def test_a_search_that_a_full_disk_kept_from_beginning_begins(command, text):
     DIRECTORY.mkdir(parents=True)
     (DIRECTORY / "search.json").write_text(text)
     assert main([*command, LR, "sweep.trials=1"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["no database", "pages"])
+def test_a_damaged_study_is_one_error_and_its_trials_stay(command, capsys, damage):
+    arguments = [*command, LR, "sweep.trials=2"]
+    assert main(arguments) == 0
+    study = DIRECTORY / "study.sqlite"
+    content = study.read_bytes()
+    study.write_bytes(b"nothing" if damage == "no database" else content[:4096] + bytes(len(content) - 4096))
+    capsys.readouterr()
+    assert main([*arguments[:-1], "sweep.trials=3"]) == 5
+    printed = capsys.readouterr().err
+    assert re.search("sweep.dir: .*study.sqlite cannot be read or written: .*restore it, or choose another", printed)
+    assert "Traceback" not in printed
+    assert sorted(lives()) == ["trial_0000", "trial_0001"]
 
 
 @pytest.mark.parametrize("kind", [["sweep.trials=2", LR], ["optimizer.lr=1e-3,1e-2"]])

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,15 @@ def test_a_controller_that_does_not_answer_is_no_empty_queue(command):
     Path("bin/squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     with pytest.raises(ResourceError, match="Unable to contact"):
         is_queued("7")
+    Path("bin/squeue").write_text(
+        "#!/bin/sh\n[ -e away ] && echo PENDING && exit; touch away; echo 'no controller' >&2; exit 1\n"
+    )
+    assert is_queued("7", patience=0.2)
+    Path("bin/squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    before = time.monotonic()
+    assert not is_queued("7", patience=60.0)
+    assert time.monotonic() < before + 20
+    Path("bin/squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     assert main([*command, "seed=1,2"]) == 5
     assert not Path("submitted.sh").exists()
 
