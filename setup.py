@@ -44,7 +44,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.20"],
     "data": ["zstandard>=0.25", "gigatoken>=0.10", "rensa>=0.5", "tiktoken>=0.12"],
     "clean": ["ftfy>=6.3", "selectolax>=1.0", "py3langid>=0.4"],
-    "sweep": ["optuna>=5,<6"],
+    "sweep": ["optuna>=5,<6", "sqlalchemy>=2,<3"],
     "trafilatura": ["trafilatura>=2.3", "lxml-html-clean>=0.4"],
     "dev": [
         "pytest>=9",

@@ -8,6 +8,7 @@ import threading
 import time
 
 import psutil
+import pytest
 
 from megalite.launch.supervise import supervise
 
@@ -33,10 +34,26 @@ def test_the_exit_code_is_the_childs():
     assert run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)") == 128 + signal.SIGKILL
 
 
-def test_a_signal_reaches_ranks_and_not_the_launcher():
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal_me(2.0, number=number)
-        assert run(LAUNCHER) == 75
+@pytest.fixture
+def a_terminal_that_may_close():
+    """SIGHUP's action is the one that a shell gives, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("a_terminal_that_may_close")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_reaches_ranks_and_not_the_launcher(number):
+    signal_me(2.0, number=number)
+    assert run(LAUNCHER) == 75
+
+
+@pytest.mark.usefixtures("a_terminal_that_may_close")
+def test_under_nohup_the_terminal_may_close():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_me(0.5, number=signal.SIGHUP)
+    assert run("import sys, time; time.sleep(1.5); sys.exit(7)") == 7
 
 
 def test_what_a_terminal_sends_to_all_of_its_processes_does_not_reach_the_launcher():
