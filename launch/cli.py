@@ -33,7 +33,7 @@ COMMANDS = {
         (schema_data.TokenizerTrainConfig, "tokenizer_train"),
     ),
     "data build": Command(
-        "data:build",
+        "data.build:build",
         "turn raw text into a token store",
         "megalite data build input=books/*.txt output=stores/books tokenizer.path=tokenizers/books",
         (schema_data.DataBuildConfig, "data_build"),
@@ -41,26 +41,26 @@ COMMANDS = {
         lists=("steps of clean, and their options:", "data_tools.cleaning:describe_steps"),
     ),
     "data verify": Command(
-        "data:verify",
+        "data.build:verify",
         "compare a token store with its checksums",
         "megalite data verify store=stores/books/train/books",
         notes="keys:\n  store=???  (path)  # a token store, or a folder with several",
     ),
     "data inspect": Command(
-        "data:inspect",
+        "data.build:inspect",
         "look at a token store and some of its documents",
         "megalite data inspect store=stores/books/train/books documents=3",
         notes="keys:\n  store=???  (path)  # a token store, or a folder with several\n"
         "  documents=3  (int)  # so many of each are printed",
     ),
     "data stats": Command(
-        "data_stores:stats",
+        "data.stores:stats",
         "count documents, tokens, lengths and the vocabulary's use",
         "megalite data stats store=stores/books/train/books output=stats.json",
         (schema_data.DataStatsConfig, "data_stats"),
     ),
     "data repair": Command(
-        "data_stores:repair",
+        "data.stores:repair",
         "write what is whole of a damaged store as a new one",
         "megalite data repair store=stores/books/train/books output=stores/books_repaired",
         (schema_data.DataRepairConfig, "data_repair"),
@@ -68,32 +68,32 @@ COMMANDS = {
         "counts by decoding. The damaged store is not touched.",
     ),
     "data merge": Command(
-        "data_stores:merge",
+        "data.stores:merge",
         "put stores of one tokenizer together",
         "megalite data merge input=[stores/a/train/a,stores/b/train/b] output=stores/merged",
         (schema_data.DataMergeConfig, "data_merge"),
     ),
     "data split": Command(
-        "data_stores:split",
+        "data.stores:split",
         "cut a store into several",
         "megalite data split store=stores/merged output=stores/split fraction=0.1",
         (schema_data.DataSplitConfig, "data_split"),
     ),
     "data convert": Command(
-        "data_stores:convert",
+        "data.stores:convert",
         "Megatron's .bin and .idx to a token store, and back",
         "megalite data convert input=books_text_document output=stores/books tokenizer.path=tokenizers/books",
         (schema_data.DataConvertConfig, "data_convert"),
         notes="To Megatron, the input is a token store: output/<name>.bin and .idx are written.",
     ),
     "data pack": Command(
-        "data_views:pack",
+        "data.views:pack",
         "lay a store's documents out in sequences, for data.packing",
         "megalite data pack store=stores/books/train/books sequence_length=1024",
         (schema_data.DataPackConfig, "data_pack"),
     ),
     "data trace": Command(
-        "data_views:trace",
+        "data.views:trace",
         "which documents a step trained on, and back",
         "megalite data trace run_dir=outputs/quickstart step=100",
         (schema_data.DataTraceConfig, "data_trace"),
@@ -138,13 +138,13 @@ COMMANDS = {
         (schema.ExportConfig, "export"),
     ),
     "report": Command(
-        "report:report",
+        "report.command:report",
         "draw a run's curves into report.html",
         "megalite report run_dir=outputs/quickstart",
         (schema.ReportConfig, "report"),
     ),
     "jobs": Command(
-        "jobs:jobs",
+        "monitor.jobs:jobs",
         "how the runs below a folder stand",
         "megalite jobs folder=outputs watch=5",
         (schema_monitor.JobsConfig, "jobs"),
@@ -152,7 +152,7 @@ COMMANDS = {
         "nobody is there any more. Slurm is asked where there is one.",
     ),
     "logs": Command(
-        "logs:logs",
+        "monitor.logs:logs",
         "the logs of all ranks by time, the first error first",
         "megalite logs run_dir=outputs/quickstart errors=true",
         (schema_monitor.LogsConfig, "logs"),
@@ -166,7 +166,7 @@ COMMANDS = {
         "data is read. parallel.* and engine.* take several values with commas: all combinations are tried.",
     ),
     "resume-check": Command(
-        "resume_check:resume_check",
+        "resume_check.command:resume_check",
         "does an interruption change the numbers of my run?",
         "megalite resume-check data.train=stores/books/train/books parallel=tp2 launch.nproc_per_node=2",
         (schema.TrainConfig, "train"),
@@ -181,7 +181,7 @@ COMMANDS = {
         more=(schema.ResumeCheckKeys, "resume_check"),
     ),
     "doctor": Command(
-        "doctor:doctor", "is this machine fit to run?", "megalite doctor", (schema.DoctorConfig, "doctor")
+        "doctor.command:doctor", "is this machine fit to run?", "megalite doctor", (schema.DoctorConfig, "doctor")
     ),
 }
 

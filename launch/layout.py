@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megalite.config.schema import TrainConfig
 
+from .lives import saved_step
 from .prepare import Training
 
 _CHECKPOINT_BYTES = 12  # a parameter: fp32 weights and two moments
@@ -34,7 +35,5 @@ def describe_layout(training: Training) -> str:
 
 
 def _what_stands(config: TrainConfig) -> str:
-    from .lives import saved_step
-
     step = saved_step(Path(config.run_dir))
     return f"; continues from step {step}" if step and config.checkpoint.resume == "auto" else ""

@@ -5,7 +5,8 @@ import pytest
 from megalite.data.format import TokenStore
 from megalite.data_tools.store_tools.inspection import find_stores
 from megalite.errors import ConfigError, DataError
-from megalite.launch import data, tokenizer
+from megalite.launch import tokenizer
+from megalite.launch.data import build as data
 from tests.data_tools.corpora import write_jsonl
 
 

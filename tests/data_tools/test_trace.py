@@ -18,7 +18,7 @@ from megalite.data.packing import write_packing
 from megalite.data.writer import StoreWriter
 from megalite.data_tools.trace import Trace
 from megalite.errors import ConfigError
-from megalite.launch import data_views
+from megalite.launch.data import views as data_views
 from tests.runs import tiny_config
 
 S, BATCH, END = 8, 4, 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from megalite.config.compose import compose_train, config_values
 from megalite.config.loader import load_config
 from megalite.config.schema import TrainConfig
-from megalite.launch import sweep_run
+from megalite.launch.sweep import run as sweep_run
 
 STUB = Path(__file__).with_name("stub_training.py")
 MODEL = [

@@ -107,7 +107,7 @@ def run(arguments, store, folder, capsys):
 def test_a_bad_command(row, store, tmp_path, capsys, monkeypatch):
     arguments, code, phrases = ROWS[row]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megalite.launch.training.spawn_ranks", lambda *args: pytest.fail("ranks were started"))
+    monkeypatch.setattr("megalite.launch.launchers.spawn_ranks", lambda *args: pytest.fail("ranks were started"))
     monkeypatch.setattr("megalite.train.train", lambda *args: pytest.fail("training was started"))
     found, message = run(arguments, store, tmp_path, capsys)
     assert found == code, message

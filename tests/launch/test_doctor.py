@@ -13,9 +13,9 @@ import torch
 from megalite.bandwidth import Bandwidth
 from megalite.config.schema import DoctorConfig
 from megalite.errors import EXIT_RESOURCE, ConfigError
-from megalite.launch import doctor_checks as checks
-from megalite.launch import node_checks as nodes
-from megalite.launch.doctor import doctor
+from megalite.launch.doctor import machine_checks as checks
+from megalite.launch.doctor import node_checks as nodes
+from megalite.launch.doctor.command import doctor
 
 
 def only(found, name=None):

@@ -14,8 +14,8 @@ from megalite.config.schema_monitor import JobsConfig
 from megalite.config.validate_commands import validate_jobs
 from megalite.errors import ConfigError
 from megalite.guard.lock import RunLock
-from megalite.launch.jobs import jobs, look, to_json, to_table
-from megalite.launch.squeue import ask_squeue
+from megalite.launch.monitor.jobs import jobs, look, to_json, to_table
+from megalite.launch.slurm.queue import ask_squeue
 from tests.launch.run_folders import NOW, row, write_heartbeat, write_log, write_run
 
 

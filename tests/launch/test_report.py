@@ -8,8 +8,8 @@ from megalite.config.compose import compose_train
 from megalite.config.frozen import save_config
 from megalite.errors import ConfigError, DataError
 from megalite.guard.goodput import Life
-from megalite.launch.report import report, write_report
-from megalite.launch.report_charts import build_charts
+from megalite.launch.report.charts import build_charts
+from megalite.launch.report.command import report, write_report
 from megalite.metrics.jsonl import JsonlSink
 
 NASTY = "</pre><script>alert(1)</script>"

@@ -21,12 +21,11 @@ from megalite.checkpoint_folder import checkpoint_name
 from megalite.checkpoint_format import MANIFEST, read_manifest, write_manifest
 from megalite.config.schema import LoggingConfig, ResumeCheckConfig
 from megalite.errors import ConfigError, DataError
-from megalite.launch import resume_check as command
-from megalite.launch import resume_check_runs as runs
 from megalite.launch.cli import main
-from megalite.launch.resume_check import NOT_REPRODUCIBLE, NOT_RESTORED, NOT_UNTOUCHED, prepare_check
-from megalite.launch.resume_check_compare import METRICS, Comparison, compare_rows, compare_runs, describe_tensors
-from megalite.launch.resume_check_runs import ResumeCheckError, train_and_kill
+from megalite.launch.resume_check import command, runs
+from megalite.launch.resume_check.command import NOT_REPRODUCIBLE, NOT_RESTORED, NOT_UNTOUCHED, prepare_check
+from megalite.launch.resume_check.compare import METRICS, Comparison, compare_rows, compare_runs, describe_tensors
+from megalite.launch.resume_check.runs import ResumeCheckError, train_and_kill
 from tests.launch.test_cli import PROGRAM
 from tests.runs import tiny_config, write_store
 

@@ -15,10 +15,10 @@ from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_launch import time_limit
 from megalite.errors import ConfigError, ResourceError
 from megalite.launch.cli import main
+from megalite.launch.launchers import LAUNCHERS
 from megalite.launch.prepare import Training, world_of
-from megalite.launch.slurm import command, script_of, start_slurm
-from megalite.launch.slurm_job import srun_command
-from megalite.launch.training import LAUNCHERS
+from megalite.launch.slurm.job import srun_command
+from megalite.launch.slurm.submit import command, script_of, start_slurm
 
 CONF = Path(__file__).parents[2] / "conf/launch"
 TINY = ("data.train=a store", "run_name=tiny", "run_dir=outputs/a run", "model.vocab_size=300",
@@ -85,7 +85,7 @@ def test_the_configuration_travels_in_the_script_and_arrives_as_it_was(tmp_path)
     config = training("launch=slurm", "launch.nproc_per_node=2", "data.train='a $HOME `id` \"store\" EOF'")
     script = script_of(config)
     lines = script.splitlines()
-    assert lines[-1].endswith("-m megalite.launch.slurm_job")
+    assert lines[-1].endswith("-m megalite.launch.slurm.job")
     probe = tmp_path / "probe.sh"
     probe.write_text("\n".join([*lines[:-1], f'printf %s "${FROZEN}"']))
     text = subprocess.run(["bash", probe], capture_output=True, text=True, check=True).stdout

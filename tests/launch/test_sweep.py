@@ -15,13 +15,15 @@ import pytest
 from megalite.config.frozen import FROZEN, config_yaml
 from megalite.config.schema_sweep import SweepConfig
 from megalite.guard.run_state import read_state
-from megalite.launch import sweep_job, sweep_plan, sweep_run
 from megalite.launch.cli import main
 from megalite.launch.prepare import Training
-from megalite.launch.sweep_plan import Job, label_of, read_command
-from megalite.launch.sweep_run import slots_of
-from megalite.launch.sweep_state import Row
-from megalite.launch.sweep_table import best_of
+from megalite.launch.sweep import job as sweep_job
+from megalite.launch.sweep import plan as sweep_plan
+from megalite.launch.sweep import run as sweep_run
+from megalite.launch.sweep.plan import Job, label_of, read_command
+from megalite.launch.sweep.run import slots_of
+from megalite.launch.sweep.state import Row
+from megalite.launch.sweep.table import best_of
 from megalite.metrics.jsonl import read_metrics
 from megalite.preflight import preflight
 from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub, wait_until
@@ -226,7 +228,7 @@ def test_trainings_end_with_the_sweep_however_it_ends(command, tmp_path):
     """Through the real process of a training, which is asked to stop when its parent is gone."""
     code = (
         "import os, signal, subprocess, sys, time\n"
-        "from megalite.launch.sweep_job import _end_with\n"
+        "from megalite.launch.sweep.job import _end_with\n"
         "_end_with(os.getppid())\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"

@@ -15,10 +15,11 @@ import psutil
 import pytest
 
 from megalite.config.sweep import Dimension
-from megalite.launch import sweep_plan, sweep_search
 from megalite.launch.cli import main
-from megalite.launch.sweep_plan import read_command
-from megalite.launch.sweep_search import Search
+from megalite.launch.sweep import plan as sweep_plan
+from megalite.launch.sweep import search as sweep_search
+from megalite.launch.sweep.plan import read_command
+from megalite.launch.sweep.search import Search
 from megalite.metrics.jsonl import read_metrics
 from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub, wait_until
 from tests.runs import write_store

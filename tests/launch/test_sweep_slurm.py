@@ -11,10 +11,12 @@ import pytest
 
 from megalite.config.frozen import FROZEN, read_config, sent_config
 from megalite.errors import ResourceError
-from megalite.launch import sweep_plan, sweep_slurm, sweep_task
 from megalite.launch.cli import main
-from megalite.launch.run_status import survey
-from megalite.launch.sweep_slurm import CONFIG, JOB, is_queued
+from megalite.launch.monitor.run_status import survey
+from megalite.launch.sweep import array as sweep_slurm
+from megalite.launch.sweep import plan as sweep_plan
+from megalite.launch.sweep import task as sweep_task
+from megalite.launch.sweep.array import CONFIG, JOB, is_queued
 from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub
 from tests.launch.test_sweep_search import LR, lives, run_by_hand, trials, wait_until
 
@@ -55,7 +57,7 @@ def submitted():
 
 def run_tasks(monkeypatch, tasks, code_of):
     """Run tasks of the array as Slurm would; `code_of` stands for their trainings."""
-    directory = re.search(r"megalite.launch.sweep_task (\S+)", submitted())[1]
+    directory = re.search(r"megalite.launch.sweep.task (\S+)", submitted())[1]
     codes = []
     for task in tasks:
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))

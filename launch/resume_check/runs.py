@@ -17,8 +17,8 @@ from megalite.config.schema import TrainConfig
 from megalite.errors import EXIT_FAILURE, MegaliteError
 from megalite.metrics.jsonl import read_metrics
 
-from .resume_check_compare import METRICS, newest
-from .spawn import spawn_ranks
+from ..spawn import spawn_ranks
+from .compare import METRICS, newest
 
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of ranks that somebody stopped
 _PR_SET_PDEATHSIG = 1

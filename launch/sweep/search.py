@@ -22,8 +22,8 @@ from megalite.guard.run_state import read_state
 from megalite.log import get_logger
 from megalite.metrics.jsonl import read_metrics
 
-from .sweep_plan import Job, Sweep, build_job, check_alike, command_of, metric_of, numbers_of
-from .sweep_state import JOBS, METRICS, Outcome, Row, is_finished, read_figures, read_outcome, save_outcome
+from .plan import Job, Sweep, build_job, check_alike, command_of, metric_of, numbers_of
+from .state import JOBS, METRICS, Outcome, Row, is_finished, read_figures, read_outcome, save_outcome
 
 log = get_logger(__name__)
 
@@ -59,7 +59,7 @@ def _ends(dimensions: Sequence[Dimension], which: int) -> list[str]:
 
 
 class Search:
-    """Hands out trials until there are `sweep.trials` of them; see `sweep_run.Source`."""
+    """Hands out trials until there are `sweep.trials` of them; see `run.Source`."""
 
     def __init__(self, sweep: Sweep):
         """Open the study, or make it. Raises `ConfigError` when the directory holds another search."""

@@ -33,14 +33,14 @@ def batch_script(
     return "\n".join([*lines, *body]) + "\n"
 
 
-def training_body(config_text: str, module: str = "slurm_job") -> list[str]:
+def training_body(config_text: str) -> list[str]:
     """Lines that hand a frozen configuration to the driver of a training: no file of the submitting host is needed."""
     return [
         f"export {FROZEN}=$(cat <<'{_END}'",
         config_text.rstrip("\n"),
         _END,
         ")",
-        f"exec {shlex.quote(sys.executable)} -m megalite.launch.{module}",
+        f"exec {shlex.quote(sys.executable)} -m megalite.launch.slurm.job",
     ]
 
 

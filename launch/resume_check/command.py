@@ -22,9 +22,9 @@ from megalite.errors import EXIT_OK, ConfigError, ResourceError
 from megalite.log import get_logger, setup_logging
 from megalite.metrics.jsonl import read_metrics
 
-from .prepare import import_for_ranks, prepare
-from .resume_check_compare import METRICS, Comparison, compare_rows, compare_runs, describe_tensors
-from .resume_check_runs import ResumeCheckError, train, train_and_kill
+from ..prepare import import_for_ranks, prepare
+from .compare import METRICS, Comparison, compare_rows, compare_runs, describe_tensors
+from .runs import ResumeCheckError, train, train_and_kill
 
 log = get_logger(__name__)
 

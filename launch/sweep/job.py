@@ -1,4 +1,4 @@
-"""One training of a sweep in a process of its own: `sweep_run` starts `python -m megalite.launch.sweep_job PARENT`."""
+"""One training of a sweep in a process of its own: `run` starts `python -m megalite.launch.sweep.job PARENT`."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from megalite.errors import EXIT_REQUEUE, ConfigError, MegaliteError
 from megalite.guard.signals import ending_at_once
 from megalite.log import setup_logging
 
-from .prepare import Training, import_for_ranks, world_of
+from ..prepare import Training, import_for_ranks, world_of
 
 _PR_SET_PDEATHSIG = 1
 
@@ -22,16 +22,16 @@ def main(arguments: list[str]) -> int:
         with ending_at_once(EXIT_REQUEUE):
             config = sent_config()
             if config is None or len(arguments) != 1:
-                raise ConfigError("megalite.launch.sweep_job is started by megalite train -m, and by nothing else")
+                raise ConfigError("megalite.launch.sweep.job is started by megalite train -m, and by nothing else")
             _end_with(int(arguments[0]))
             del os.environ[FROZEN]  # launchers hand it on themselves
-            from .training import LAUNCHERS
+            from ..launchers import LAUNCHERS
 
             training = Training(config, *world_of(config.launch))
             if config.launch.name == "local":
                 import_for_ranks(training)
         if config.launch.name == "slurm":  # this is a task of the sweep's array
-            from .slurm_job import run_job
+            from ..slurm.job import run_job
 
             return run_job(config)
         return LAUNCHERS[config.launch.name][1](training)

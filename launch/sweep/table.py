@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from megalite.metrics.jsonl import read_metrics
 
-from .sweep_plan import Sweep, short_names
-from .sweep_state import METRICS, Row
+from .plan import Sweep, short_names
+from .state import METRICS, Row
 
 if TYPE_CHECKING:
-    from .report_charts import Chart
+    from ..report.charts import Chart
 
 CSV_FILE = "sweep.csv"
 HTML_FILE = "sweep.html"
@@ -114,7 +114,7 @@ def _csv(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | None
 
 def _curves(sweep: Sweep, rows: Sequence[Row], metric: str) -> "Chart | None":
     """How `metric` came about in the best trainings, as many as colours can tell apart; None where nothing is known."""
-    from .report_charts import COLOURS, Chart, Series, points_of
+    from ..report.charts import COLOURS, Chart, Series, points_of
 
     best = _ranked(rows, metric, sweep.settings.direction)[: len(COLOURS)]
     curves = [points_of(read_metrics(row.run_dir / METRICS), metric) for row in best]
@@ -129,7 +129,7 @@ def _curves(sweep: Sweep, rows: Sequence[Row], metric: str) -> "Chart | None":
 
 
 def _page(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | None, metric: str) -> str:
-    from .report_page import render_chart, render_document
+    from ..report.page import render_chart, render_document
 
     labels = ["trial"] if sweep.settings.trials else []
     headings = [*labels, *sweep.keys, "state", "step", *map(_heading, columns), "run directory"]

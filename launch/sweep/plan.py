@@ -18,7 +18,7 @@ from megalite.config.validate_sweep import validate_sweep
 from megalite.errors import ConfigError, MegaliteError
 from megalite.metrics.base import EVALUATION, FIGURES
 
-from .prepare import Training, prepare
+from ..prepare import Training, prepare
 
 _LABEL_LENGTH = 100  # of a folder's name, and with the sweep's at most 200 in run_name
 

@@ -1,6 +1,6 @@
 """The batch host's process of a Slurm job: starts the steps, passes signals on, and sends the job back into the queue.
 
-`python -m megalite.launch.slurm_job`, from the script of `launch=slurm`. Imports no torch.
+`python -m megalite.launch.slurm.job`, from the script of `launch=slurm`. Imports no torch.
 """
 
 import json
@@ -20,10 +20,10 @@ from megalite.guard.observer import read_json
 from megalite.guard.run_state import RunState, read_life_since, read_state
 from megalite.log import setup_logging
 
-from .lives import FINAL, run_lives, saved_step
-from .prepare import world_of
-from .slurm import command
-from .supervise import clean_environment
+from ..lives import FINAL, run_lives, saved_step
+from ..prepare import world_of
+from ..supervise import clean_environment
+from .submit import command
 
 _POLL_SECONDS = 0.2
 _REQUEUE_SECONDS = 600.0  # in which the controller may be away when the job goes back into the queue
@@ -38,7 +38,7 @@ def main() -> int:
     try:
         config = sent_config()
         if config is None or "SLURM_JOB_ID" not in os.environ:
-            raise ConfigError("megalite.launch.slurm_job runs in the script of launch=slurm, and nowhere else")
+            raise ConfigError("megalite.launch.slurm.job runs in the script of launch=slurm, and nowhere else")
         return run_job(config)
     except MegaliteError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -170,7 +170,7 @@ def srun_command(config: TrainConfig) -> list[str]:
         python = "python"
         if slurm.mounts:
             words.append(f"--container-mounts={','.join(slurm.mounts)}")
-    module = "megalite.launch.slurm_node" if slurm.tasks == "node" else "megalite.train"
+    module = "megalite.launch.slurm.node" if slurm.tasks == "node" else "megalite.train"
     return [*words, python, "-m", module]
 
 

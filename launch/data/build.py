@@ -7,7 +7,7 @@ from megalite.config.schema_data import DataBuildConfig
 from megalite.config.validate_commands import validate_data_build
 from megalite.errors import ConfigError
 
-from .slurm_build import submit_build
+from ..slurm.build import submit_build
 
 
 def build(argv: Sequence[str]) -> int:

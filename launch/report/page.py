@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from .report_charts import Chart, chart_svg
+from .charts import Chart, chart_svg
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #2b2f36; --soft: #667; --grid: #e2e5ea; --panel: #f6f7f9; }

@@ -13,7 +13,7 @@ from megalite.guard.run_state import RunState, read_state
 from megalite.metrics.jsonl import read_metrics
 from megalite.redaction import redact_text
 
-from .sweep_plan import Job
+from .plan import Job
 
 JOBS = "jobs"  # in the sweep's directory: a folder for each training, beside its run directory
 METRICS = "metrics.jsonl"

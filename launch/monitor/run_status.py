@@ -17,10 +17,10 @@ from megalite.guard.lock import is_locked
 from megalite.guard.observer import FOLDER
 from megalite.guard.run_state import STATE_FILE, RunState, read_state
 
+from ..slurm.queue import QueuedJob, ask_squeue
+from ..slurm.submit import JOB
 from .first_error import find_first_error
 from .log_entries import clean
-from .slurm import JOB
-from .squeue import QueuedJob, ask_squeue
 from .tail import modified, read_small, tail_rows
 
 CONFIG = "config.yaml"

@@ -17,7 +17,7 @@ import psutil
 
 from megalite.config.schema import DoctorConfig
 
-from .doctor_checks import Check, existing_folder
+from .machine_checks import Check, existing_folder
 
 _IN_SEVERAL_HOSTS = "matters where several hosts train together"
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
@@ -186,7 +186,7 @@ def check_all_reduce(config: DoctorConfig) -> Iterator[Check]:
         return
     from megalite.bandwidth import Bandwidth, measure
 
-    from .spawn import spawn_ranks
+    from ..spawn import spawn_ranks
 
     with tempfile.TemporaryDirectory(prefix="megalite-doctor-") as name:
         result = Path(name) / "result.json"

@@ -10,10 +10,10 @@ from megalite.config.frozen import save_config
 from megalite.errors import EXIT_FAILURE, EXIT_OK, ResourceError
 from megalite.log import get_logger
 
-from .slurm import PATIENCE_SECONDS, SCRIPT, command, submit
-from .slurm_script import batch_script
-from .sweep_plan import Job, Sweep
-from .sweep_state import JOBS, is_finished
+from ..slurm.script import batch_script
+from ..slurm.submit import PATIENCE_SECONDS, SCRIPT, command, submit
+from .plan import Job, Sweep
+from .state import JOBS, is_finished
 
 log = get_logger(__name__)
 
@@ -53,7 +53,7 @@ def describe_array(sweep: Sweep, jobs: Sequence[Job], tasks: Iterable[int]) -> s
     """The script of the array."""
     config = jobs[0].training.config
     limit = f"%{sweep.settings.parallel}" if sweep.settings.parallel and not sweep.settings.trials else ""
-    body = [f"exec {shlex.join([sys.executable, '-m', 'megalite.launch.sweep_task', str(sweep.directory.absolute())])}"]
+    body = [f"exec {shlex.join([sys.executable, '-m', 'megalite.launch.sweep.task', str(sweep.directory.absolute())])}"]
     return batch_script(
         sweep.name,
         config.launch,

@@ -1,4 +1,4 @@
-"""One node of a Slurm job: `srun python -m megalite.launch.slurm_node` runs torchrun for the ranks of this host."""
+"""One node of a Slurm job: `srun python -m megalite.launch.slurm.node` runs torchrun for the ranks of this host."""
 
 import os
 import sys
@@ -7,9 +7,9 @@ from megalite.config.frozen import sent_config
 from megalite.errors import ConfigError, MegaliteError
 from megalite.log import setup_logging
 
-from .hosts import MeetingPoint
-from .prepare import world_of
-from .torchrun import run_on_host
+from ..hosts import MeetingPoint
+from ..prepare import world_of
+from ..torchrun import run_on_host
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     try:
         config = sent_config()
         if config is None or "MASTER_ADDR" not in os.environ:
-            raise ConfigError("megalite.launch.slurm_node runs under the srun of launch=slurm, and nowhere else")
+            raise ConfigError("megalite.launch.slurm.node runs under the srun of launch=slurm, and nowhere else")
         hosts = tuple(os.environ["MEGALITE_HOSTS"].split())
         point = MeetingPoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), hosts)
         nodes = config.launch.nodes

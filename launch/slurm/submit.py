@@ -14,8 +14,8 @@ from megalite.errors import EXIT_FAILURE, EXIT_OK, ConfigError, ResourceError
 from megalite.guard.lock import is_locked
 from megalite.log import get_logger
 
-from .prepare import Training
-from .slurm_script import batch_script, dependency, training_body
+from ..prepare import Training
+from .script import batch_script, dependency, training_body
 
 log = get_logger(__name__)
 

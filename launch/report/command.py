@@ -16,8 +16,8 @@ from megalite.config.schema import ReportConfig, TrainConfig
 from megalite.errors import DataError
 from megalite.guard.goodput import GOODPUT, goodput_table, read_lives
 
-from .report_charts import build_charts, save_png
-from .report_page import render_page
+from .charts import build_charts, save_png
+from .page import render_page
 
 REPORT_FILE = "report.html"
 LOSS_CURVE_FILE = "loss_curve.png"

@@ -9,12 +9,12 @@ from megalite.guard.lock import RunLock
 from megalite.guard.signals import ending_at_once
 from megalite.log import get_logger
 
-from .sweep_plan import Job, Sweep, metric_of, plan_grid, read_command
-from .sweep_run import run_side_by_side, slots_of
-from .sweep_search import Search, plan_search
-from .sweep_slurm import describe_array, start_array
-from .sweep_state import is_finished, row_of
-from .sweep_table import best_of, show
+from .array import describe_array, start_array
+from .plan import Job, Sweep, metric_of, plan_grid, read_command
+from .run import run_side_by_side, slots_of
+from .search import Search, plan_search
+from .state import is_finished, row_of
+from .table import best_of, show
 
 log = get_logger(__name__)
 
@@ -82,7 +82,7 @@ def search(plan: Sweep, job: Job) -> int:
 
 
 class Grid:
-    """Hands out the trainings in their order; see `sweep_run.Source`."""
+    """Hands out the trainings in their order; see `run.Source`."""
 
     def __init__(self, jobs: Sequence[Job]):
         """Nothing is started."""

@@ -1,4 +1,4 @@
-"""One task of a sweep's array: `python -m megalite.launch.sweep_task DIRECTORY`, from the script of `sweep_slurm`."""
+"""One task of a sweep's array: `python -m megalite.launch.sweep.task DIRECTORY`, from the script of `array`."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from megalite.config.frozen import read_config
 from megalite.errors import ConfigError, MegaliteError, ResourceError
 from megalite.log import setup_logging
 
-from .slurm import command
-from .slurm_job import run_job
-from .sweep_plan import Sweep, read_command
-from .sweep_run import Slot, run_side_by_side
-from .sweep_search import Search
-from .sweep_slurm import ARRAY_FILE, CONFIG
-from .sweep_state import JOBS, Outcome, save_outcome
+from ..slurm.job import run_job
+from ..slurm.submit import command
+from .array import ARRAY_FILE, CONFIG
+from .plan import Sweep, read_command
+from .run import Slot, run_side_by_side
+from .search import Search
+from .state import JOBS, Outcome, save_outcome
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     setup_logging()
     try:
         if len(arguments) != 1 or "SLURM_ARRAY_TASK_ID" not in os.environ:
-            raise ConfigError("megalite.launch.sweep_task runs in the array of a sweep, and nowhere else")
+            raise ConfigError("megalite.launch.sweep.task runs in the array of a sweep, and nowhere else")
         directory = Path(arguments[0])
         array = json.loads((directory / ARRAY_FILE).read_text(encoding="utf-8"))
         if not array["labels"]:

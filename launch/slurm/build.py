@@ -11,8 +11,8 @@ from megalite.config.schema_data import DataBuildConfig
 from megalite.config.schema_launch import LaunchConfig
 from megalite.errors import EXIT_OK
 
-from .slurm import submit, wait_for
-from .slurm_script import batch_script
+from .script import batch_script
+from .submit import submit, wait_for
 
 
 def submit_build(config: DataBuildConfig, arguments: Sequence[str]) -> int:

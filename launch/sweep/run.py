@@ -18,9 +18,9 @@ from megalite.errors import EXIT_OK, EXIT_REQUEUE
 from megalite.guard.signals import SIGNALS
 from megalite.log import get_logger
 
-from .supervise import clean_environment
-from .sweep_plan import Job
-from .sweep_state import outcome_of, save_outcome
+from ..supervise import clean_environment
+from .plan import Job
+from .state import outcome_of, save_outcome
 
 log = get_logger(__name__)
 
@@ -156,7 +156,7 @@ def _start(job: Job, slot: Slot) -> _Child:
 
 def job_command() -> list[str]:
     """What starts the training that the environment holds."""
-    return [sys.executable, "-m", "megalite.launch.sweep_job", str(os.getpid())]
+    return [sys.executable, "-m", "megalite.launch.sweep.job", str(os.getpid())]
 
 
 def _placed(job: Job, slot: Slot) -> TrainConfig:

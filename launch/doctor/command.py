@@ -11,28 +11,28 @@ from megalite.config.schema import DoctorConfig
 from megalite.config.validate_commands import validate_doctor
 from megalite.errors import EXIT_OK, EXIT_RESOURCE
 
-from . import doctor_checks, node_checks
-from .doctor_checks import Check
+from . import machine_checks, node_checks
+from .machine_checks import Check
 
 CHECKS: tuple[Callable[[DoctorConfig], Iterator[Check]], ...] = (
-    doctor_checks.check_python,
-    doctor_checks.check_packages,
+    machine_checks.check_python,
+    machine_checks.check_packages,
     node_checks.check_variables,
     node_checks.check_all_reduce,  # before a device is touched: ranks are forked from this process
-    doctor_checks.check_device,
-    doctor_checks.check_stale_locks,
-    doctor_checks.check_ports,
+    machine_checks.check_device,
+    machine_checks.check_stale_locks,
+    machine_checks.check_ports,
     node_checks.check_interfaces,
     node_checks.check_host_name,
     node_checks.check_infiniband,
     node_checks.check_clock,
-    doctor_checks.check_disk,
+    machine_checks.check_disk,
     node_checks.check_run_dir,
-    doctor_checks.check_shared_memory,
-    doctor_checks.check_processor,
-    doctor_checks.check_open_files,
-    doctor_checks.check_compiler,
-    doctor_checks.check_secrets,
+    machine_checks.check_shared_memory,
+    machine_checks.check_processor,
+    machine_checks.check_open_files,
+    machine_checks.check_compiler,
+    machine_checks.check_secrets,
 )
 _MARKS = {"ok": ("ok", "green"), "warn": ("warning", "yellow"), "fail": ("failed", "bold red")}
 

@@ -1,0 +1,1 @@
+"""`megalite doctor`: is this machine fit to run?"""

@@ -1,0 +1,1 @@
+"""`megalite report`: a run's curves as one page."""

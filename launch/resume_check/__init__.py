@@ -1,0 +1,1 @@
+"""`megalite resume-check`: does an interruption change the numbers of a run?"""

@@ -1,0 +1,1 @@
+"""`launch=slurm`: the batch script, its submission, and what runs on the nodes."""

@@ -1,0 +1,1 @@
+"""`megalite train -m`: several trainings by one command, and their table."""
