@@ -53,6 +53,7 @@ def run_job(config: TrainConfig) -> int:
     hosts = command("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     print(f"job {job}, start {restarts + 1}: step {began}, on {', '.join(hosts)}", file=sys.stderr)
     _refuse_starts_in_vain(run_dir, job, restarts, began)
+    _tell_of_few_cores(config, hosts[0])
     step = _Step(config, hosts, stop)
     code = run_lives(step.run, config, is_hopeless=lambda: step.has_lost_a_host or bool(stop.received))
     if code == EXIT_OK or not config.launch.slurm.requeue or not (stop.by_slurm or step.has_lost_a_host):
@@ -80,6 +81,17 @@ def _refuse_starts_in_vain(run_dir: Path, job: str, restarts: int, began: int) -
     temporary.replace(path)
     if len(starts) >= _STARTS_IN_VAIN and set(starts[-_STARTS_IN_VAIN:]) == {began}:
         raise ResourceError(f"{_STARTS_IN_VAIN} starts of job {job} have brought no step: all began at {began}")
+
+
+def _tell_of_few_cores(config: TrainConfig, host: str) -> None:
+    """Slurm gives a task one core where nobody asks for more, and with `tasks=node` a task is all ranks of a node."""
+    cores, ranks = int(os.environ.get("SLURM_CPUS_ON_NODE", "0")), world_of(config.launch)[0] // config.launch.nodes
+    if 0 < cores < ranks:
+        print(
+            f"warning: {cores} core(s) for {ranks} ranks on {host}; see launch.slurm.cpus_per_task (a task is what "
+            f"launch.slurm.tasks={config.launch.slurm.tasks} says) and launch.slurm.exclusive",
+            file=sys.stderr,
+        )
 
 
 class _Stop:

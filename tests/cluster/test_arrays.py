@@ -2,11 +2,12 @@
 
 import csv
 import json
+import shlex
 
 import pytest
 
 from tests.cluster.lab import BIN, wait_until
-from tests.cluster.runs import read_outputs, train_command
+from tests.cluster.runs import losses, read_outputs, train_command
 from tests.data_tools.corpora import make_tokenizer
 
 ONE = ("launch=slurm", "parallel.tensor=1", "launch.slurm.requeue=false")
@@ -64,6 +65,13 @@ def test_a_search_of_twelve_by_three_workers_of_which_one_is_killed(cluster, sto
     found = rows(directory)
     assert [row["state"] for row in found] == ["finished"] * 12
     assert len({row["optimizer.lr"] for row in found}) == 12, "none twice"
+    best = next(row for row in found if row["best"])
+    assert f"the same training again:\n{best['command']}" in done.stdout
+    again = cluster.user(*shlex.split(best["command"]), "launch.wait=true", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    repeated = losses(directory / "repeated" / best["job"])
+    assert repeated == losses(directory / best["job"])
+    assert float(best["loss"]) == repeated[-1] == min(float(row["loss"]) for row in found)
 
 
 def test_a_build_in_parts_makes_the_bytes_of_one(cluster, tmp_path):

@@ -1,12 +1,13 @@
-"""`launch=slurm` at its time limit, on a real Slurm."""
+"""A real Slurm: `launch=slurm` at its time limit, and srun by hand."""
 
 import subprocess
+import sys
 
 import pytest
 
 from megalite.guard.run_state import read_state
 from tests.cluster.lab import wait_until
-from tests.cluster.runs import FOUR, await_log, log, losses, train_command
+from tests.cluster.runs import FOUR, await_log, files, log, losses, train_command
 
 
 @pytest.mark.cluster
@@ -51,3 +52,22 @@ def test_a_job_whose_lives_are_too_short_to_save_ends_with_a_word(cluster, store
     done = cluster.user(*train_command(run_dir, store, *FOUR, *limits, steps=1_000_000), cwd=tmp_path)
     assert done.returncode == 5, log(run_dir)
     assert "the time limit came before a step was saved" in log(run_dir)
+
+
+@pytest.mark.cluster
+def test_srun_by_hand_starts_a_rank_a_task(cluster, store, tmp_path):
+    """`srun python -m megalite.node_checks`, then `megalite.train`: where ranks meet, only Slurm's variables tell."""
+    srun = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-m"]
+    looked = cluster.user(*srun, "megalite.node_checks", f"run_dir={tmp_path / 'run'}", "size_mib=1", cwd=tmp_path)
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    assert "these hosts can train together" in looked.stdout
+    assert all(f"{host} " in looked.stdout for host in cluster.nodes)
+    assert "all-reduce: " in looked.stdout
+
+    by_hand, local = tmp_path / "by_hand", tmp_path / "local"
+    keys = train_command(by_hand, store)[2:]
+    done = cluster.user(*srun, "megalite.train", *keys, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    subprocess.run(train_command(local, store, "launch.nproc_per_node=4"), check=True, capture_output=True)
+    assert losses(by_hand) == pytest.approx(losses(local), abs=1e-6)
+    assert files(by_hand) == files(local)

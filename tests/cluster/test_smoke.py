@@ -31,6 +31,7 @@ def test_a_job_of_two_nodes_learns_what_one_machine_learns(tasks, cluster, store
     if cluster.has_accounting:
         job = (run_dir / "job.txt").read_text().strip()
         assert cluster.ask("sacct", "--noheader", "--jobs", job, "--format=JobName%20").split()[0] == "tiny"
+    assert ("warning: 1 core(s) for 2 ranks on node" in log(run_dir)) == (tasks == "node"), "one task has one core"
     for host in cluster.nodes:
         assert f"host {host}: " in log(run_dir) or tasks == "rank"
         assert not cluster.hosts.processes(host, "megalite")
