@@ -12,13 +12,10 @@ _CHECKPOINT_BYTES = 12  # a parameter: fp32 weights and two moments
 
 def describe_layout(training: Training) -> str:
     """Lines about ranks, axes, batch and sizes. Imports torch, for the number of parameters."""
-    from megalite.models import count_parameters
-
     config, world_size = training.config, training.world_size
     parallel, trainer = config.parallel, config.trainer
     data_size = world_size // (parallel.tensor * parallel.context)
     accumulation = trainer.global_batch_size // (trainer.micro_batch_size * data_size)
-    parameters = count_parameters(config.model)
     tokens = trainer.global_batch_size * config.data.sequence_length
     return "\n".join(
         [
@@ -28,10 +25,21 @@ def describe_layout(training: Training) -> str:
             f"{config.engine.zero_stage}, {config.engine.precision}",
             f"batch      {trainer.global_batch_size} sequences = micro batch {trainer.micro_batch_size} x data "
             f"{data_size} x accumulation {accumulation}; {tokens:,} tokens a step, {trainer.steps:,} steps",
-            f"model      {parameters:,} parameters, {parameters // parallel.tensor:,} a tensor rank at the least",
-            f"checkpoint {parameters * _CHECKPOINT_BYTES / 1e9:.2f} GB{_what_stands(config)}",
+            *_sizes(config),
         ]
     )
+
+
+def _sizes(config: TrainConfig) -> list[str]:
+    from megalite.models import count_parameters
+
+    if config.model.vocab_size is None:
+        return ["model      its vocabulary is that of data.train, which is not there yet"]
+    parameters = count_parameters(config.model)
+    return [
+        f"model      {parameters:,} parameters, {parameters // config.parallel.tensor:,} a tensor rank at the least",
+        f"checkpoint {parameters * _CHECKPOINT_BYTES / 1e9:.2f} GB{_what_stands(config)}",
+    ]
 
 
 def _what_stands(config: TrainConfig) -> str:

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from megalite.config.place import count_cores, count_gpus
-from megalite.config.schema import TrainConfig
+from megalite.config.schema import StoreConfig, TrainConfig
 from megalite.config.schema_launch import LaunchConfig
 from megalite.config.validate import resolve_auto, validate_train
+from megalite.data.manifest import MANIFEST
 from megalite.log import get_logger
 from megalite.preflight import preflight
 
@@ -38,16 +40,27 @@ def world_of(launch: LaunchConfig) -> tuple[int, str]:
 def prepare(config: TrainConfig, change: Callable[[TrainConfig], TrainConfig] = lambda config: config) -> Training:
     """Check everything that can be checked without torch and without ranks.
 
-    `change`: done to the configuration once its own rules hold, and before the disk is looked at. Raises `ConfigError`,
-    `DataError` or `CheckpointError`, naming the key or the file.
+    `change`: done to the configuration once its own rules hold, and before the disk is looked at. Where stores are
+    still to be made by jobs of `launch.slurm.after`, ranks look at the disk, and `model.vocab_size` may be null.
+    Raises `ConfigError`, `DataError` or `CheckpointError`, naming the key or the file.
     """
     world_size, device = world_of(config.launch)
     validate_train(config, world_size, device)
     # Slurm's login node speaks for all: the run directory is there.
     is_alone = config.launch.nodes == 1 or config.launch.name == "slurm"
-    config = preflight(resolve_auto(change(config), device), is_alone)
+    config = resolve_auto(change(config), device)
+    if awaited := [store.path for store in (*config.data.train, *config.data.validation) if _is_awaited(store, config)]:
+        jobs = ", ".join(config.launch.slurm.after)
+        log.info("data: %s: not there yet; looked at when job %s has ended well", ", ".join(awaited), jobs)
+        return Training(config, world_size, device)
+    config = preflight(config, is_alone)
     validate_train(config, world_size, device)  # again, now that model.vocab_size is known
     return Training(config, world_size, device)
+
+
+def _is_awaited(store: StoreConfig, config: TrainConfig) -> bool:
+    """Whether another job of Slurm, which this training waits for, is to make the store."""
+    return bool(config.launch.slurm.after) and not (Path(store.path) / MANIFEST).exists()
 
 
 def given_environment(launch: LaunchConfig) -> dict[str, str]:

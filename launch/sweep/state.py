@@ -1,7 +1,7 @@
 """What became of the trainings of a sweep, read from their run directories and from how their processes ended."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -81,8 +81,10 @@ def is_finished(job: Job) -> bool:
         found = read_config(job.run_dir / "config.yaml")
     except ConfigError:
         return False
-    digests = {config_digest(config_values(config), SAFE) for config in (found, job.training.config)}
-    return len(digests) == 1
+    planned = job.training.config
+    if planned.model.vocab_size is None:  # it was planned before its stores were there
+        planned = replace(planned, model=replace(planned.model, vocab_size=found.model.vocab_size))
+    return config_digest(config_values(found), SAFE) == config_digest(config_values(planned), SAFE)
 
 
 def row_of(job: Job, directory: Path) -> Row:

@@ -20,7 +20,7 @@ class SlurmConfig:
     tasks: Literal["node", "rank"] = "node"  # srun starts torchrun once on every node, or every rank itself
     signal_seconds: int = 120  # so long before the time limit the run is told to save and to end
     requeue: bool = True  # a run that was stopped, or whose node was lost, goes back into the queue and continues
-    after: tuple[str, ...] = ()  # numbers of jobs that must have ended well before this one starts
+    after: tuple[str, ...] = ()  # jobs that must have ended well before this one starts; they may make its stores
     container: str | None = None  # image for Pyxis' srun --container-image; null: none
     mounts: tuple[str, ...] = ()  # for the container, as SOURCE:TARGET
     modules: tuple[str, ...] = ()  # loaded by `module load` before anything else

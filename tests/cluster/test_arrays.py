@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 
 import pytest
@@ -84,8 +85,15 @@ def test_a_build_in_parts_makes_the_bytes_of_one(cluster, tmp_path):
     command = [str(BIN / "megalite"), "data", "build", "input=in", f"tokenizer.path={tokenizer}", "dedup.exact=true"]
     alone = cluster.user(*command, "output=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    done = cluster.user(*command, "output=out", "launch=slurm", "parts=3", "launch.wait=true", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr + read_outputs(tmp_path / "out.slurm")
+    done = cluster.user(*command, "output=out", "launch=slurm", "parts=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+    after = re.search(r"launch\.slurm\.after=\[\d+\]", done.stdout)
+    assert after, done.stdout
+    waits = ("launch=slurm", "parallel.tensor=1", "launch.wait=true", after[0])
+    trained = cluster.user(*train_command("run", "out/train/in", *waits), cwd=tmp_path, seconds=400)
+    assert trained.returncode == 0, trained.stdout + trained.stderr + read_outputs(tmp_path)
+    assert len(losses(tmp_path / "run")) == 10
     assert "units are done" in read_outputs(tmp_path / "out.slurm")
     names = [path.relative_to(tmp_path / "alone") for path in sorted((tmp_path / "alone").rglob("*")) if path.is_file()]
     assert any(name.name == "manifest.json" for name in names)

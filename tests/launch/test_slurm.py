@@ -13,12 +13,13 @@ from megalite.config.compose import compose_train
 from megalite.config.frozen import FROZEN, config_to_send, config_yaml, encoded_config, sent_config
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_launch import time_limit
-from megalite.errors import ConfigError, ResourceError
+from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.launch.cli import main
 from megalite.launch.launchers import LAUNCHERS
-from megalite.launch.prepare import Training, world_of
+from megalite.launch.prepare import Training, prepare, world_of
 from megalite.launch.slurm.job import srun_command
 from megalite.launch.slurm.submit import command, script_of, start_slurm
+from tests.runs import VOCAB, write_store
 
 CONF = Path(__file__).parents[2] / "conf/launch"
 TINY = ("data.train=a store", "run_name=tiny", "run_dir=outputs/a run", "model.vocab_size=300",
@@ -162,6 +163,21 @@ def test_settings_that_cannot_be_meant_are_refused(override, message):
 )
 def test_a_time_limit_is_read_as_sbatch_reads_it(text, seconds):
     assert time_limit(text) == seconds
+
+
+def test_a_store_that_another_job_is_to_make_is_looked_at_when_that_has_ended(tmp_path, caplog, capfd):
+    store = tmp_path / "store"
+    keys = [f"data.train={store}", "data.sequence_length=32", "launch=slurm", "launch.nproc_per_node=1"]
+    config = compose_train([*keys, "launch.slurm.after=[7]"])
+    with caplog.at_level("INFO"):
+        assert prepare(config).config.model.vocab_size is None
+    assert f"data: {store}: not there yet; looked at when job 7 has ended well" in caplog.text
+    assert main(["train", *keys, "launch.slurm.after=[7]", "launch.dry_run=true"]) == 0
+    assert "vocabulary is that of data.train, which is not there yet" in capfd.readouterr().out
+    with pytest.raises(DataError, match=f"data.train: {store} is not a token store"):
+        prepare(compose_train(keys))
+    write_store(store)
+    assert prepare(config).config.model.vocab_size == VOCAB, "it is there: whatever is wrong is said at once"
 
 
 def test_what_a_command_of_slurm_says_is_the_message(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,20 @@ def finish(config):
 
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     run_by_hand(Job, [3.0, 2.0, 1.0], "finished")
+
+
+def test_trainings_that_were_planned_before_their_store_was_there_are_finished(command, monkeypatch):
+    """Their ranks write down the vocabulary that they found in it."""
+    command[2] = "data.train=later"
+
+    def train(config):
+        assert config.model.vocab_size is None
+        finish(replace(config, model=replace(config.model, vocab_size=300)))
+        return 0
+
+    monkeypatch.setattr(sweep_slurm, "is_queued", lambda *_: bool(any(run_tasks(monkeypatch, [0, 1], train))))
+    assert main([*command, "seed=1,2", "launch.slurm.after=[3]", "launch.wait=true"]) == 0
+    assert {row["state"] for row in read_table(DIRECTORY)} == {"finished"}
 
 
 def test_a_task_takes_the_configuration_of_its_number(command, monkeypatch):
