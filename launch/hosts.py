@@ -51,7 +51,7 @@ class Host:
 
 
 def meet(config: TrainConfig, point: MeetingPoint, address: str) -> list[Host]:
-    """Wait for all `launch.nodes` hosts and compare them; every host gets the same answer.
+    """Wait for all `launch.nodes` hosts and compare them; every host gets the same list, the first host at its head.
 
     `address`: this host's own in the network between hosts. Raises `ResourceError` when one has not come within
     `launch.start_timeout`, or when they cannot train together.
@@ -111,6 +111,7 @@ def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float
                 hosts = [*others, host]
                 blind += [] if told["sees"] else [host.name]
                 answers.append(connection)
+        hosts = [own, *sorted(hosts[1:], key=lambda host: _place(host, point.hosts))]
         problems = list(_missing(config, hosts, point.hosts)) + list(_problems(hosts))
         if blind:
             log.warning(
@@ -167,14 +168,24 @@ def _appears(mark: Path) -> bool:
     return False
 
 
+def _place(host: Host, names: Sequence[str]) -> tuple[int, str, str]:
+    """By what hosts are sorted: as in `names`, where Slurm puts neighbours side by side; else by their own names."""
+    short = [_short(name) for name in names]
+    return short.index(_short(host.name)) if _short(host.name) in short else len(short), host.name, host.address
+
+
+def _short(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _missing(config: TrainConfig, hosts: Sequence[Host], names: Sequence[str]) -> Iterator[str]:
     if len(hosts) < config.launch.nodes:
-        came = {host.name for host in hosts}
-        absent = [name for name in names if name not in came and name.partition(".")[0] not in came]
+        came = {_short(host.name) for host in hosts}
+        absent = [name for name in names if _short(name) not in came]
         who = f"missing: {', '.join(absent)}" if absent else f"{config.launch.nodes - len(hosts)} missing"
         yield (
             f"{len(hosts)} of {config.launch.nodes} hosts came within launch.start_timeout="
-            f"{config.launch.start_timeout:.0f} s: {', '.join(sorted(came))}; {who}"
+            f"{config.launch.start_timeout:.0f} s: {', '.join(host.name for host in hosts)}; {who}"
         )
 
 

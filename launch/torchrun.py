@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 
 from megalite.config.frozen import FROZEN, config_to_send
 from megalite.config.schema import TrainConfig
@@ -27,36 +28,41 @@ def run_on_host(config: TrainConfig, nproc: int, point: MeetingPoint | None) -> 
 
     Raises `ResourceError` when a host is missing or unfit.
     """
-    environment = rank_environment(config)
-    own = None
+    environment, launch = rank_environment(config), config.launch
     if point:
         own = host_address(config, point)
-        meet(config, point, own)
-    elif config.launch.port:
-        await_port("127.0.0.1", config.launch.port, PORT_SECONDS)
-    return supervise(torchrun_command(config, nproc, point, own), environment, config.launch.grace)
-
-
-def torchrun_command(config: TrainConfig, nproc: int, point: MeetingPoint | None, own: str | None) -> list[str]:
-    """The command line of one host, whose own address between hosts is `own`, where there are several."""
-    launch = config.launch
-    command = [
-        sys.executable, "-m", "megalite.launch.torchrun_agent", f"--nnodes={launch.nodes}", f"--nproc-per-node={nproc}",
-        "--max-restarts=0", "--rdzv-backend=c10d",
-    ]  # fmt: skip
-    if point is None:
-        # Not --standalone, which asks for the host's own name: in a container it may mean nothing.
-        port = launch.port or 0
-        command += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=is_host=true", "--local-addr=127.0.0.1"]
+        hosts = [host.address for host in meet(config, point, own)]
+        meeting = _between_hosts(config, f"{hosts[0]}:{point.port}", hosts.index(own), own)
     else:
-        is_first = "true" if is_own(point.address) else "false"
-        command += [
-            f"--rdzv-endpoint={point.address}:{point.port}",
-            f"--rdzv-conf=is_host={is_first},join_timeout={launch.start_timeout:.0f},last_call_timeout=1",
-            f"--rdzv-id={config.run_name}",
-            f"--local-addr={own}",
-        ]
-    return [*command, "-m", "megalite.train"]
+        if launch.port:
+            await_port("127.0.0.1", launch.port, PORT_SECONDS)
+        meeting = _on_one_host(config)
+    return supervise(_command(config, nproc, meeting), environment, launch.grace)
+
+
+def _command(config: TrainConfig, nproc: int, meeting: Sequence[str]) -> list[str]:
+    """torchrun on one host; `meeting`: how its ranks and those of other hosts find each other."""
+    module = "megalite.launch.torchrun_agent"
+    sizes = [f"--nnodes={config.launch.nodes}", f"--nproc-per-node={nproc}", "--max-restarts=0"]
+    return [sys.executable, "-m", module, *sizes, *meeting, "-m", "megalite.train"]
+
+
+def _on_one_host(config: TrainConfig) -> list[str]:
+    """On the loopback. Not --standalone, which asks for the host's own name: in a container it may mean nothing."""
+    endpoint = f"--rdzv-endpoint=127.0.0.1:{config.launch.port or 0}"
+    return ["--rdzv-backend=c10d", endpoint, "--rdzv-conf=is_host=true", "--local-addr=127.0.0.1"]
+
+
+def _between_hosts(config: TrainConfig, endpoint: str, number: int | str, own: str) -> list[str]:
+    """Hosts have met, and are numbered in the order of the meeting, the first one 0; `own`: this one's address.
+
+    The backend c10d would number them by the text of their addresses, 10.0.0.10 before 10.0.0.9 (torch 2.13,
+    dynamic_rendezvous.py): rank 0 would be on any of them, and neighbours in Slurm's order none.
+    """
+    return [
+        "--rdzv-backend=static", f"--rdzv-endpoint={endpoint}", f"--node-rank={number}",
+        f"--rdzv-conf=timeout={config.launch.start_timeout:.0f}", f"--rdzv-id={config.run_name}", f"--local-addr={own}",
+    ]  # fmt: skip
 
 
 def rank_environment(config: TrainConfig) -> dict[str, str]:
@@ -82,7 +88,11 @@ def _meeting_point(training: Training) -> MeetingPoint | None:
 
 
 def describe_torchrun(training: Training) -> str:
-    """What `start_torchrun` runs on this host."""
+    """What `start_torchrun` runs on this host; which number another than the first has, the meeting tells."""
     config, point = training.config, _meeting_point(training)
-    own = host_address(config, point) if point else None
-    return shlex.join(torchrun_command(config, training.ranks_per_node, point, own))
+    if point:
+        number = 0 if is_own(point.address) else "N"
+        meeting = _between_hosts(config, f"{point.address}:{point.port}", number, host_address(config, point))
+    else:
+        meeting = _on_one_host(config)
+    return shlex.join(_command(config, training.ranks_per_node, meeting))

@@ -22,6 +22,7 @@ SSH = ("openssh-server", "openssh-client", "pdsh")
 ACCOUNTING = ("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")
 CONTROLLER = "ctl"
 _SUBNET = "10.213.7"
+_FIRST = 8  # of the controller: the second node is .10, which as a text comes before the first one's .9
 _START_SECONDS = 60
 _CPUS = 4  # that each node claims; in truth they share what there is
 
@@ -91,7 +92,7 @@ class Hosts:
 
     def address(self, name: str) -> str:
         """The host's IP address."""
-        return f"{_SUBNET}.{11 + self.names.index(name)}"
+        return f"{_SUBNET}.{_FIRST + self.names.index(name)}"
 
     def close(self) -> None:
         """End every process of every host."""

@@ -12,9 +12,7 @@ import pytest
 from megalite.checkpoint_folder import newest_checkpoint
 from megalite.guard.run_state import read_state
 from tests.cluster.lab import wait_until
-from tests.cluster.runs import STEPS, await_log, log, losses, start, train_command
-
-FOUR = ("launch=slurm", "launch.nodes=2", "launch.nproc_per_node=2", "launch.start_timeout=120", "launch.grace=10")
+from tests.cluster.runs import FOUR, STEPS, await_log, log, losses, start, train_command
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,7 @@ def test_hosts_that_share_no_run_directory_train_and_resume_as_one_machine(clust
 
     started = start_both()
     wait_until(lambda: any(len(losses(disk)) >= 45 for disk in disks.values()), 300, said)
-    first, other = sorted(disks, key=lambda host: read_state(disks[host]) is None)
+    first, other = cluster.nodes
     victim = json.loads((disks[other] / "logs/heartbeats/rank_00003.json").read_text())
     cluster.hosts.run(other, "kill", "-9", str(victim["pid"]))
     assert [process.wait(300) for process in started] == [0, 0], said()
@@ -128,6 +126,36 @@ def test_hosts_that_share_no_run_directory_train_and_resume_as_one_machine(clust
     assert f"{first} has no checkpoint, {other} step_{copied:08d}; continuing from " in said()
     assert losses(disks[first]) == pytest.approx(straight[copied:], abs=1e-6)
     assert (step_of(disks[first]), step_of(disks[other])) == (STEPS, copied)
+
+
+@pytest.mark.cluster
+def test_a_job_whose_hosts_share_no_run_directory_goes_on_where_it_was(cluster, store, straight, apart, tmp_path):
+    """A rank is killed, then the job goes back into the queue: its driver sees the first host's disk alone."""
+    run_dir, disks = apart
+    first, other = cluster.nodes
+    keys = ("checkpoint.save_every=20", f"launch.slurm.options=[--output={tmp_path}/slurm_%j.log]")
+    done = cluster.user(*train_command(run_dir, store, *FOUR, *keys, steps=STEPS), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = (run_dir / "job.txt").read_text().strip()
+
+    def said() -> str:
+        path = tmp_path / f"slurm_{job}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def await_steps(number: int) -> None:
+        wait_until(lambda: disks[first].exists() and len(losses(disks[first])) >= number, 300, said)
+
+    await_steps(25)
+    victim = json.loads((disks[other] / "logs/heartbeats/rank_00003.json").read_text())
+    cluster.hosts.run(other, "kill", "-9", str(victim["pid"]))
+    wait_until(lambda: "starting them again from step" in said(), 120, said)
+    await_steps(45)
+    cluster.ask("scancel", "--signal=USR1", "--batch", job)  # as before a time limit
+    wait_until(lambda: "back into the queue" in said(), 120, said)
+    assert cluster.wait_for(job, 300) == "COMPLETED", said()
+    assert losses(disks[first]) == straight
+    assert step_of(disks[first]) == STEPS
+    assert 45 <= step_of(disks[other]) < STEPS, "what it was sent when it went on"
 
 
 @pytest.mark.cluster

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from megalite.guard.run_state import read_state
 from tests.cluster.runs import FOUR, STEPS, await_log, files, log, losses, start, train_command
 
 
@@ -27,6 +28,9 @@ def test_a_job_of_two_nodes_learns_what_one_machine_learns(tasks, cluster, store
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log(run_dir)}"
     assert losses(run_dir) == pytest.approx(losses(straight), abs=1e-6)
     assert files(run_dir) == files(straight)
+    state = read_state(run_dir)
+    assert state is not None
+    assert state.host == "nodea", "rank 0 is on the job's first host"
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     if cluster.has_accounting:
         job = (run_dir / "job.txt").read_text().strip()

@@ -76,6 +76,19 @@ def test_a_host_that_has_come_hears_who_is_missing_however_early_it_was(config, 
     assert problem.startswith("2 of 3 hosts came within launch.start_timeout=2 s: one, two; ")
 
 
+@pytest.mark.parametrize(
+    ("known", "order"),
+    [(("one", "four", "three.site", "two"), ["four", "three", "two"]), ((), ["four", "three", "two"]),
+     (("one", "two", "three", "four"), ["two", "three", "four"])],
+)  # fmt: skip
+def test_hosts_stand_in_the_order_of_slurm_or_of_their_names_whoever_comes_first(config, point, known, order):
+    """Behind the first one, where ranks meet: rank 0 is there."""
+    config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, nodes=4))
+    others = [("three", {}), ("two", {}), ("four", {})]
+    names, problems = gather(config, dataclasses.replace(point, hosts=known), others)
+    assert (names, problems) == (["one", *order], [])
+
+
 @pytest.mark.parametrize("odd", [{"versions": [1]}, {"stores": None}, {"clock": "noon"}])
 def test_what_no_host_says_is_not_listened_to(config, odd):
     said = dataclasses.asdict(describe_host(config, "127.0.0.1")) | odd
