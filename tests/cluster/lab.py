@@ -350,7 +350,9 @@ class Slurm:
             "SchedulerType": "sched/backfill",
             "SchedulerParameters": "bf_interval=2,batch_sched_delay=0,sched_min_interval=0",
             "SlurmdParameters": "config_overrides", "ReturnToService": 2, "SlurmdTimeout": 30, "SlurmctldTimeout": 15,
-            "MessageTimeout": 10, "InactiveLimit": 0, "KillWait": 10, "UnkillableStepTimeout": 20, "CompleteWait": 0,
+            "MessageTimeout": 10, "InactiveLimit": 0, "KillWait": 10, "CompleteWait": 0,
+            # A step that was cut off tries for a minute to tell of its end; else its node would be drained.
+            "UnkillableStepTimeout": 120,
             "MinJobAge": 3600, "JobRequeue": 1, "UsePAM": 0,
         }  # fmt: skip
         if self.has_accounting:
