@@ -48,7 +48,7 @@ def prepare(config: TrainConfig, change: Callable[[TrainConfig], TrainConfig] = 
     validate_train(config, world_size, device)
     # Slurm's login node speaks for all: the run directory is there.
     is_alone = config.launch.nodes == 1 or config.launch.name == "slurm"
-    config = resolve_auto(change(config), device)
+    config = resolve_auto(change(config), device, world_size)
     if awaited := [store.path for store in (*config.data.train, *config.data.validation) if _is_awaited(store, config)]:
         jobs = ", ".join(config.launch.slurm.after)
         log.info("data: %s: not there yet; looked at when job %s has ended well", ", ".join(awaited), jobs)

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
                 config.launch.nproc_per_node,
                 place.local_world_size,
             )
-        config = resolve_auto(config, "cuda" if torch.cuda.is_available() else "cpu")
+        config = resolve_auto(config, "cuda" if torch.cuda.is_available() else "cpu", place.world_size)
         validate_train(config, place.world_size)
         is_alone = place.local_world_size == place.world_size and config.launch.nodes == 1
         train(preflight(config, is_alone), place)

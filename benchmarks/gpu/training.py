@@ -122,7 +122,7 @@ def cell_config(cell: TrainingCell, device_type: str) -> TrainConfig:
         launch=LaunchConfig(),
         logging=LoggingConfig(),
     )
-    config = resolve_auto(config, device_type)
+    config = resolve_auto(config, device_type, 1)
     validate_train(config, 1, device_type)
     return config
 

@@ -75,6 +75,13 @@ def build_store(config: DataBuildConfig) -> BuildReport:
     return report
 
 
+def check_build(config: DataBuildConfig) -> None:
+    """Raise what `build_store` would before it reads a document: for values, the tokenizer, the input, the output."""
+    _, work, units = _plan(config)
+    if not was_committed(work, Path(config.output), units):
+        refuse_existing(Path(config.output), REPORT if config.overwrite else None, OVERWRITE_HINT)
+
+
 def build_part(config: DataBuildConfig) -> int:
     """Do the i-th of n shares of a build, as `config.part` says, on a disk that all see; returns its number of units.
 

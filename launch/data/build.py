@@ -18,10 +18,12 @@ def build(argv: Sequence[str]) -> int:
 
     config = compose_config("data_build", DataBuildConfig, argv)
     validate_data_build(config)
-    if config.launch.name == "slurm":
-        return submit_build(config, argv)
-    from megalite.data_tools.builder.building import build_part, build_store
+    from megalite.data_tools.builder.building import build_part, build_store, check_build
 
+    if config.launch.name == "slurm":
+        if not config.launch.slurm.after:  # another job may still make what this one reads
+            check_build(config)
+        return submit_build(config, argv)
     if config.part:
         print(f"part {config.part[0]} of {config.part[1]}: {build_part(config)} units are done")
         return 0

@@ -98,7 +98,7 @@ class TrainerConfig:
     steps: int = 100
     stop_after: int | None = None  # stop and save at this step while the schedule still spans `steps`
     global_batch_size: int = 32  # sequences a step, over all replicas
-    micro_batch_size: int = 32  # sequences a data-parallel replica takes at once
+    micro_batch_size: int = 0  # sequences a data-parallel replica takes at once; 0: what divides its share, 32 at most
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: only at the end
     max_skipped_steps: int = 5  # stop after so many in a row with inf or nan; fp16 first lowers its loss scale

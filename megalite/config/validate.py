@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megalite.config.schema import DataConfig, Precision, StoreConfig, TrainConfig
+from megalite.config.schema import DataConfig, StoreConfig, TrainConfig
 from megalite.config.validate_launch import launch_rules, slurm_path_rules
 from megalite.config.validate_layout import is_positive, layout_rules
 from megalite.errors import ConfigError
 from megalite.redaction import has_secret
+
+_MOST_AT_ONCE = 32  # sequences of a micro batch, where none is given
 
 
 def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu") -> None:
@@ -18,7 +20,7 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
 
     `device_type` is what the ranks will run on, `cpu` or `cuda`.
     """
-    config = resolve_auto(config, device_type)
+    config = resolve_auto(config, device_type, world_size)
     rules = (
         layout_rules, _trainer_rules, _objective_rules, _optimizer_rules, _data_rules, _run_rules, _launch_rules,
     )  # fmt: skip
@@ -29,21 +31,26 @@ def validate_train(config: TrainConfig, world_size: int, device_type: str = "cpu
 
 def validate_untrained(config: TrainConfig, world_size: int) -> None:
     """As `validate_train`, but for the rules about data and batch sizes: of a configuration that will not train."""
-    config = resolve_auto(config, "cpu")
+    config = resolve_auto(config, "cpu", world_size)
     rules = (layout_rules, _objective_rules, _optimizer_rules, _run_rules, _launch_rules)
     if problems := [problem for rule in rules for problem in rule(config, world_size)]:
         raise ConfigError("\n".join(problems))
 
 
-def resolve_auto(config: TrainConfig, device_type: str) -> TrainConfig:
-    """What `engine.precision=auto` means: fp32 on a CPU, bf16 on anything else.
+def resolve_auto(config: TrainConfig, device_type: str, world_size: int) -> TrainConfig:
+    """What `engine.precision=auto` means, fp32 on a CPU and bf16 on anything else, and `trainer.micro_batch_size=0`.
 
     Done before a configuration is frozen: continued on another kind of device, the run must not change in silence.
     """
-    if config.engine.precision != "auto":
-        return config
-    precision: Precision = "fp32" if device_type == "cpu" else "bf16"
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+    engine, trainer = config.engine, config.trainer
+    if engine.precision == "auto":
+        engine = dataclasses.replace(engine, precision="fp32" if device_type == "cpu" else "bf16")
+    if trainer.micro_batch_size == 0:
+        replicas, rest = divmod(world_size, max(config.parallel.tensor * config.parallel.context, 1))
+        share, rest = divmod(trainer.global_batch_size, replicas) if replicas and not rest else (0, 1)
+        sizes = [size for size in range(1, _MOST_AT_ONCE + 1) if not rest and share % size == 0]
+        trainer = dataclasses.replace(trainer, micro_batch_size=max(sizes, default=1))
+    return dataclasses.replace(config, engine=engine, trainer=trainer)
 
 
 def _trainer_rules(config: TrainConfig, world_size: int) -> Iterator[str]:

@@ -64,7 +64,7 @@ def import_model(source: Path, output: Path) -> TrainConfig:
     rules = {rule.name: rule for rule in family_of(hf_config).rules(model)}
     weights.check_names([part for rule in rules.values() for part in rule.parts], tied=model.tied_embeddings)
     config = load_config(TrainConfig, _train_values(output, model))
-    validate_layout(resolve_auto(config, "cpu"), world_size=1)
+    validate_layout(resolve_auto(config, "cpu", 1), world_size=1)
     with disk_errors(output), new_directory(output) as temporary:
         folder = create_temporary(temporary / "checkpoints", 0)
         files = list(_write_weights(folder, rules, weights, logical_shards(model)))

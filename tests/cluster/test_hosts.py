@@ -133,7 +133,7 @@ def test_a_job_whose_hosts_share_no_run_directory_goes_on_where_it_was(cluster, 
     """A rank is killed, then the job goes back into the queue: its driver sees the first host's disk alone."""
     run_dir, disks = apart
     first, other = cluster.nodes
-    keys = ("checkpoint.save_every=20", f"launch.slurm.options=[--output={tmp_path}/slurm_%j.log]")
+    keys = ("checkpoint.save_every=20", f"launch.slurm.options=['--output={tmp_path}/slurm_%j.log']")
     done = cluster.user(*train_command(run_dir, store, *FOUR, *keys, steps=STEPS), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     job = (run_dir / "job.txt").read_text().strip()

@@ -20,7 +20,7 @@ TRAIN = schema.TrainConfig(
     run_name="run",
     run_dir="outputs/run",
     model=schema.ModelConfig(),
-    trainer=schema.TrainerConfig(),
+    trainer=schema.TrainerConfig(micro_batch_size=32),
     parallel=schema.ParallelConfig(),
     engine=schema.EngineConfig(),
     objective=schema.ObjectiveConfig(),
@@ -85,7 +85,7 @@ RULES = [
     case("model.logit_soft_cap", -1.0, 30.0, "above 0"),
     # the trainer
     *(case(f"trainer.{key}", 0, 1, "at least 1") for key in ("steps", "log_every", "max_skipped_steps")),
-    case("trainer.micro_batch_size", 0, 8, "at least 1"),
+    case("trainer.micro_batch_size", -1, 8, "at least 1"),
     case("trainer.global_batch_size", -1, 64, "at least 1"),
     case("trainer.global_batch_size", 48, 64, "= 32 x 1 = 32", "nearest: 32 or 64"),
     case("trainer.global_batch_size", 96, 128, "= 32 x 2 = 64", "nearest: 64 or 128", world=2),
@@ -226,7 +226,31 @@ def test_every_broken_rule_is_told_at_once():
 )
 def test_precision(precision, device, resolved):
     config = dataclasses.replace(TRAIN, engine=schema.EngineConfig(precision=precision))
-    assert resolve_auto(config, device).engine.precision == resolved
+    assert resolve_auto(config, device, 1).engine.precision == resolved
+
+
+@pytest.mark.parametrize(
+    ("sequences", "world_size", "tensor", "given", "size"),
+    [
+        (32, 1, 1, 0, 32),
+        (32, 2, 1, 0, 16),
+        (32, 4, 2, 0, 16),
+        (512, 4, 1, 0, 32),
+        (96, 2, 1, 0, 24),  # the largest that divides 48
+        (37, 1, 1, 0, 1),
+        (32, 2, 1, 8, 8),
+        (32, 3, 1, 0, 1),  # which the rules refuse, for the batch
+    ],
+)
+def test_a_micro_batch_that_nobody_gave_divides_a_replicas_share(sequences, world_size, tensor, given, size):
+    keys = {"trainer.global_batch_size": sequences, "trainer.micro_batch_size": given, "parallel.tensor": tensor}
+    config = changed(TRAIN, keys)
+    assert resolve_auto(config, "cpu", world_size).trainer.micro_batch_size == size
+    if sequences % (world_size // tensor):
+        with pytest.raises(ConfigError, match=r"must be a multiple of .* = 1 x 3 = 3; nearest: 30 or 33"):
+            validate_train(config, world_size)
+    else:
+        validate_train(config, world_size)
 
 
 @pytest.mark.parametrize(("size", "padded"), [(1, 128), (128, 128), (129, 256), (50257, 50304)])

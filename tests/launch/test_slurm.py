@@ -30,7 +30,7 @@ def training(*overrides: str) -> Training:
     config = compose_train([*TINY, *overrides])
     world_size, device = world_of(config.launch)
     validate_train(config, world_size, device)
-    return Training(resolve_auto(config, device), world_size, device)
+    return Training(resolve_auto(config, device, world_size), world_size, device)
 
 
 def options(script: str) -> list[str]:
@@ -203,6 +203,8 @@ def test_a_build_is_an_array_of_its_parts_and_a_job_that_waits_for_them(tmp_path
     ]  # fmt: skip
     assert main(["data", "build", *keys]) == 0
     assert "launch.slurm.after=[2]" in capfd.readouterr().out
+    assert main(["data", "build", *keys[:-1]]) == 3, "it waits for no job that could still make the tokenizer"
+    assert "tokenizer" in capfd.readouterr().err
     folder = tmp_path / "out.slurm"
     first, second = (tmp_path / "sbatch.log").read_text().splitlines()
     assert first == f"--parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {folder}/parts.sbatch"
