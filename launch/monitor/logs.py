@@ -44,7 +44,7 @@ def logs(arguments: list[str]) -> int:
     entries = merge((part for parts in (ranks, stalls) for part in parts), config.lines, levels)
     what = "errors" if config.errors else "lines"
     console.print(
-        f"\nthe newest {what} of {len(chosen)} ranks, in {run_dir / 'logs'}:"
+        f"\nthe newest {what} of {len(chosen)} rank{'s' if len(chosen) > 1 else ''}, in {run_dir / 'logs'}:"
         if entries
         else "\nnothing in the logs of ranks"
     )

@@ -113,19 +113,24 @@ def _csv(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | None
 
 
 def _curves(sweep: Sweep, rows: Sequence[Row], metric: str) -> "Chart | None":
-    """How `metric` came about in the best trainings, as many as colours can tell apart; None where nothing is known."""
+    """How `metric`, or the loss where that was looked at once, came about in the best trainings.
+
+    As many as colours can tell apart; None where nothing makes a curve.
+    """
     from ..report.charts import COLOURS, Chart, Series, points_of
 
     best = _ranked(rows, metric, sweep.settings.direction)[: len(COLOURS)]
-    curves = [points_of(read_metrics(row.run_dir / METRICS), metric) for row in best]
-    is_training = not metric.startswith("eval/")
-    series = [
-        Series(row.label, points, colour, is_training)
-        for row, points, colour in zip(best, curves, COLOURS, strict=False)
-        if points
-    ]
-    title = metric if len(series) == len(rows) else f"{metric}, the best {len(series)} of {len(rows)}"
-    return Chart(title, "", series, smooth=True) if series else None
+    for name in dict.fromkeys((metric, "loss")):
+        curves = [points_of(read_metrics(row.run_dir / METRICS), name) for row in best]
+        series = [
+            Series(row.label, points, colour, not name.startswith("eval/"))
+            for row, points, colour in zip(best, curves, COLOURS, strict=False)
+            if len(points) > 1
+        ]
+        if series:
+            title = name if len(series) == len(rows) else f"{name}, the best {len(series)} of {len(rows)}"
+            return Chart(title, "", series, smooth=True)
+    return None
 
 
 def _page(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | None, metric: str) -> str:
@@ -147,7 +152,7 @@ def _page(sweep: Sweep, rows: Sequence[Row], columns: list[str], best: Row | Non
     ]
     if best is not None:
         heading = f"Best: {best.label}, {metric} {best.figures[metric]:.6g}"
-        parts.append(f"<section><h2>{escape(heading)}</h2><pre>{escape(best.command)}</pre></section>")
+        parts.append(f"<section><h2>{escape(heading)}</h2><pre class='text'>{escape(best.command)}</pre></section>")
     if chart := _curves(sweep, rows, metric):
         parts.append(render_chart(chart, wide=True))
     if errors := [f"{row.label}: {row.error}" for row in rows if row.error]:

@@ -1,5 +1,6 @@
 """`megalite train -m`: every combination, side by side, resumed; what the table says. Trainings are stubs, but two."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ from megalite.launch.prepare import Training
 from megalite.launch.sweep import job as sweep_job
 from megalite.launch.sweep import plan as sweep_plan
 from megalite.launch.sweep import run as sweep_run
+from megalite.launch.sweep import table as sweep_table
 from megalite.launch.sweep.plan import Job, label_of, read_command
 from megalite.launch.sweep.run import slots_of
 from megalite.launch.sweep.state import Row
@@ -293,6 +295,21 @@ def test_the_page_runs_nothing_and_loads_nothing(quick, command):
     assert page.count("<tr class='best'>") == 1
     assert "DataError: a planted one" in page
     assert not re.search(r"<script|src=|https?:", page)
+
+
+@pytest.mark.parametrize(("every", "title"), [(1, "eval/a/loss"), (4, "loss")])
+def test_a_metric_that_was_looked_at_once_makes_no_curve(tmp_path, every, title):
+    """As with trainer.eval_every=0: then the curves are those of the training loss."""
+    rows = []
+    for label in ("x", "y"):
+        (tmp_path / label).mkdir()
+        steps = [{"step": s, "loss": 9.0 - s} | ({} if s % every else {"eval/a/loss": 8.0 - s}) for s in range(1, 5)]
+        (tmp_path / label / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in steps))
+        rows.append(Row(label, (), tmp_path / label, "finished", figures={"loss": 5.0, "eval/a/loss": 4.0}))
+    sweep = sweep_plan.Sweep(SweepConfig(), "s", tmp_path, (), (), ())
+    chart = sweep_table._curves(sweep, rows, "eval/a/loss")
+    assert chart.title == title
+    assert [len(series.points) for series in chart.series] == [4, 4]
 
 
 def train_here(config, parent):
