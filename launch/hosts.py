@@ -18,7 +18,7 @@ from megalite.data.format import TokenStore
 from megalite.errors import DataError, ResourceError
 from megalite.host import CLOCK_SECONDS, package_versions, shared_mark
 from megalite.log import get_logger
-from megalite.network import PORT_SECONDS, await_port, interface_of, is_own, listen
+from megalite.network import PORT_SECONDS, any_address, await_port, interface_of, is_own, listen
 
 log = get_logger(__name__)
 
@@ -91,9 +91,9 @@ def _store(path: str) -> str:
 
 
 def _gather(config: TrainConfig, point: MeetingPoint, own: Host, deadline: float) -> tuple[list[Host], list[str]]:
-    """The first host: hear the others, judge, tell them."""
+    """The first host: hear the others, judge, tell them. Its name may lead to another interface than ranks take."""
     hosts, answers = [own], []
-    with shared_mark(Path(config.run_dir)) as mark, listen(own.address, point.port + 1) as server:
+    with shared_mark(Path(config.run_dir)) as mark, listen(any_address(own.address), point.port + 1) as server:
         server.settimeout(_POLL_SECONDS)
         blind = []  # hosts that do not see what is written to run_dir here
         while len(hosts) < config.launch.nodes and time.monotonic() < deadline:

@@ -27,12 +27,14 @@ def supervise(
     environment: Mapping[str, str],
     grace: float,
     follow: "Callable[[subprocess.Popen[bytes]], Tree] | None" = None,
+    save_seconds: float = 0.0,
 ) -> int:
     """Run `command` to its end; returns its exit code as a shell would (128 + the number of the signal that ended it).
 
     SIGTERM, SIGUSR1, SIGINT or SIGHUP to this process reach every process below it as SIGUSR1, which ranks save at and
-    launchers ignore; a second one, or `grace` seconds, ends them all. A launcher whose ranks have all gone gets as long
-    to notice: cut off from the other hosts, torchrun was seen to wait for minutes and to ignore SIGTERM.
+    launchers ignore; a second one ends them all, or `grace` seconds, if `save_seconds` are no more. A launcher whose
+    ranks have all gone gets `grace` to notice: cut off from the other hosts, torchrun was seen to wait for minutes and
+    to ignore SIGTERM.
 
     The child has a session of its own: a terminal sends Ctrl-C to all of its processes, and launchers end ranks at it.
     `follow`: gives the child's ranks where these are no processes below it.
@@ -46,7 +48,7 @@ def supervise(
     tree = follow(child) if follow else Tree(child)
     with _signals() as received:
         try:
-            has_ranks = _follow(child, tree, received, command[0], grace)
+            has_ranks = _follow(child, tree, received, command[0], grace, max(grace, save_seconds))
         finally:
             tree.end()
         code = child.wait()
@@ -57,7 +59,9 @@ def supervise(
     return code if code >= 0 else 128 - code
 
 
-def _follow(child: "subprocess.Popen[bytes]", tree: "Tree", received: list[float], name: str, grace: float) -> bool:
+def _follow(
+    child: "subprocess.Popen[bytes]", tree: "Tree", received: list[float], name: str, grace: float, save_seconds: float
+) -> bool:
     """Until the child has ended, or is to be ended; returns False where it was asked to before any rank stood."""
     asked = deadline = alone = None
     has_ranks = True
@@ -67,7 +71,7 @@ def _follow(child: "subprocess.Popen[bytes]", tree: "Tree", received: list[float
         if received and asked is None:
             # Where nobody listens ranks have not begun, and there is nothing to save.
             has_ranks = tree.ask()
-            asked, deadline = now, now + (grace if has_ranks else 0.0)
+            asked, deadline = now, now + (save_seconds if has_ranks else 0.0)
         elif asked is not None and len(received) > 1 and received[-1] - received[0] > TOGETHER_SECONDS:
             deadline = now
         who = tree.deserted()

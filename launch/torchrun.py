@@ -13,6 +13,7 @@ from .hosts import MeetingPoint, meet
 from .lives import run_lives
 from .prepare import Training, given_environment
 from .supervise import clean_environment, supervise
+from .torchrun_agent import LOOPBACK
 
 PORT = 29400  # torchrun's own default
 
@@ -23,10 +24,11 @@ def start_torchrun(training: Training) -> int:
     return run_lives(lambda: run_on_host(config, training.ranks_per_node, point), config)
 
 
-def run_on_host(config: TrainConfig, nproc: int, point: MeetingPoint | None) -> int:
+def run_on_host(config: TrainConfig, nproc: int, point: MeetingPoint | None, save_seconds: float = 0.0) -> int:
     """Meet the other hosts, if there are any, and run torchrun with `nproc` ranks to its end; returns the exit code.
 
-    Raises `ResourceError` when a host is missing or unfit.
+    `save_seconds`: what ranks that are asked to stop have for it, where that is more than `launch.grace`. Raises
+    `ResourceError` when a host is missing or unfit.
     """
     environment, launch = rank_environment(config), config.launch
     if point:
@@ -37,7 +39,7 @@ def run_on_host(config: TrainConfig, nproc: int, point: MeetingPoint | None) -> 
         if launch.port:
             await_port("127.0.0.1", launch.port, PORT_SECONDS)
         meeting = _on_one_host(config)
-    return supervise(_command(config, nproc, meeting), environment, launch.grace)
+    return supervise(_command(config, nproc, meeting), environment, launch.grace, save_seconds=save_seconds)
 
 
 def _command(config: TrainConfig, nproc: int, meeting: Sequence[str]) -> list[str]:
@@ -48,9 +50,8 @@ def _command(config: TrainConfig, nproc: int, meeting: Sequence[str]) -> list[st
 
 
 def _on_one_host(config: TrainConfig) -> list[str]:
-    """On the loopback. Not --standalone, which asks for the host's own name: in a container it may mean nothing."""
-    endpoint = f"--rdzv-endpoint=127.0.0.1:{config.launch.port or 0}"
-    return ["--rdzv-backend=c10d", endpoint, "--rdzv-conf=is_host=true", "--local-addr=127.0.0.1"]
+    """On the loopback, where nobody else listens in; a port of 0 is any free one."""
+    return [f"--rdzv-backend={LOOPBACK}", f"--rdzv-endpoint=127.0.0.1:{config.launch.port or 0}"]
 
 
 def _between_hosts(config: TrainConfig, endpoint: str, number: int | str, own: str) -> list[str]:

@@ -1,22 +1,32 @@
 """torchrun with its failures told in a line a rank: `python -m megalite.launch.torchrun_agent ARGUMENTS`.
 
-torchrun itself ends with exit code 1 whatever its ranks ended with, and with a traceback of its own.
+torchrun itself ends with exit code 1 whatever its ranks ended with, and with a traceback of its own; it says who failed
+once all others have ended, and lets them half a minute, in which they wait for the one that failed.
 """
 
 import signal
+import socket
 import sys
 import time
+from datetime import timedelta
+from typing import Any
 
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE
+
+LOOPBACK = "loopback"  # a rendezvous backend of ours, of a single host
+_OTHERS_SECONDS = 10  # that ranks have to end, once one has failed
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code of the rank that failed first; 128 + a signal's number where one ended it."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
+    rendezvous_handler_registry.register(LOOPBACK, _meet_on_loopback)
+    told = _tell_failures_at_once()
     config, command, words = config_from_args(parse_args(arguments))
     try:
         elastic_launch(config, command)(*words)
@@ -24,8 +34,8 @@ def main(arguments: list[str]) -> int:
         _, first = error.get_first_failure()
         if first.exitcode != EXIT_REQUEUE:
             for rank, failure in sorted(error.failures.items()):
-                at = time.strftime("%H:%M:%S", time.localtime(failure.timestamp))
-                print(f"rank {rank} (pid {failure.pid}) {_describe(failure.exitcode)} at {at}", file=sys.stderr)
+                if failure.pid not in told:
+                    _tell(rank, failure)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     except SignalException as error:
         return 128 + error.sigval
@@ -33,6 +43,53 @@ def main(arguments: list[str]) -> int:
         print(f"torchrun: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILURE
     return EXIT_OK
+
+
+def _meet_on_loopback(params: Any) -> Any:
+    """The meeting of the ranks of one host; the stores of torchrun's own backends listen on all addresses."""
+    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+    address, _, port = params.endpoint.rpartition(":")
+    server = socket.create_server((address, int(port)))
+    port, patience = server.getsockname()[1], int(params.config.get("timeout", 60))
+    store = TCPStore(
+        address, port, 1, True, timedelta(seconds=patience), multi_tenant=True, master_listen_fd=server.detach()
+    )
+
+    class Handler(StaticTCPRendezvous):
+        def get_backend(self) -> str:
+            return LOOPBACK
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            place = RendezvousStoreInfo(address, port)
+            return RendezvousInfo(PrefixStore(self.run_id, store), 0, 1, place)
+
+    return Handler(address, port, 0, 1, params.run_id, patience)
+
+
+def _tell_failures_at_once() -> set[int]:
+    """Have torchrun say which ranks have failed before it ends the others; returns the pids of those, as they fail."""
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    told: set[int] = set()
+    close = SubprocessContext.close
+
+    def tell_and_close(self: Any, death_sig: Any = None, timeout: int = _OTHERS_SECONDS) -> None:
+        for failure in getattr(self, "_failures", {}).values():
+            if failure.exitcode != EXIT_REQUEUE and failure.pid not in told:
+                told.add(failure.pid)
+                _tell(int(self.envs[failure.local_rank]["RANK"]), failure)
+        close(self, death_sig, min(timeout, _OTHERS_SECONDS))
+
+    SubprocessContext.close = tell_and_close  # type: ignore[method-assign]
+    return told
+
+
+def _tell(rank: int, failure: Any) -> None:
+    at = time.strftime("%H:%M:%S", time.localtime(failure.timestamp))
+    print(f"rank {rank} (pid {failure.pid}) {_describe(failure.exitcode)} at {at}", file=sys.stderr, flush=True)
 
 
 def _describe(code: int) -> str:

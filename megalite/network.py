@@ -31,6 +31,21 @@ def listen(address: str, port: int) -> socket.socket:
         ) from None
 
 
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is of the loopback; a name is not looked up."""
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def any_address(like: str) -> str:
+    """To listen on all interfaces, by the protocol of the address `like`; on the loopback where that is one."""
+    if is_loopback(like):
+        return like
+    return "::" if ":" in like else "0.0.0.0"
+
+
 def await_port(address: str, port: int, seconds: float) -> None:
     """Return once `port` can be listened on. Raises `ResourceError` when it cannot be for so long."""
     deadline = time.monotonic() + seconds
@@ -90,13 +105,15 @@ def interface_of(address: str) -> str:
 
 
 def addresses_of(interface: str) -> list[str]:
-    """IP addresses of an interface of this host. Raises `ResourceError` when there is no such interface."""
+    """IP addresses of an interface of this host. Raises `ResourceError` when there is no such interface, or none."""
     everything = psutil.net_if_addrs()
     if interface not in everything:
         raise ResourceError(
             f"launch.interface: found {interface}, but {socket.gethostname()} has {', '.join(sorted(everything))}"
         )
     found = [a.address for a in everything[interface] if a.family in (socket.AF_INET, socket.AF_INET6)]
+    if not found:
+        raise ResourceError(f"launch.interface: {interface} of {socket.gethostname()} has no IP address")
     return sorted(found, key=lambda text: ":" in text)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megalite.config.place import Place
 from megalite.errors import ResourceError
+from megalite.network import is_loopback, listen
 
 _POLL_SECONDS = 0.02
 _LAST_SECONDS = 5.0  # that rank 0 stays for the others to hear that somebody is missing
@@ -49,7 +50,11 @@ def _connect(place: Place, patience: float) -> dist.Store:
     # Rank 0 has the last word on who is missing, also to a rank that came at once.
     waits = timedelta(seconds=patience + (0 if serves else _LAST_SECONDS))
     try:
-        return dist.TCPStore(str(place.address), place.port, place.world_size, serves, waits, wait_for_workers=False)
+        # Left alone, a store listens on all addresses.
+        fd = listen(str(place.address), place.port).detach() if serves and is_loopback(str(place.address)) else None
+        return dist.TCPStore(
+            str(place.address), place.port, place.world_size, serves, waits, wait_for_workers=False, master_listen_fd=fd
+        )
     except dist.DistError as error:
         host = socket.gethostname()
         if serves:

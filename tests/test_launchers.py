@@ -6,9 +6,11 @@ srun and Slurm are in tests/cluster.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megalite.metrics.jsonl import read_metrics
@@ -58,6 +60,31 @@ def run(tmp_path_factory) -> Callable[[str], Path]:
         return run_dir
 
     return run_once
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ranks_of_one_host_listen_on_the_loopback_alone(launcher, tmp_path):
+    """torchrun's own stores, and torch's, listen on all addresses."""
+    run_dir = tmp_path / "run"
+    keys = [
+        f"run_dir={run_dir}", f"data.train={write_store(tmp_path / 'words')}", "data.sequence_length=32",
+        "model.num_layers=1", "model.hidden_size=32", "trainer.steps=1000000", "trainer.log_every=1",
+    ]  # fmt: skip
+    with open(tmp_path / "said.txt", "wb") as said:
+        process = subprocess.Popen([*LAUNCHERS[launcher], *keys], cwd=tmp_path, stdout=said, stderr=said)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists():
+            assert process.poll() is None, (tmp_path / "said.txt").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        sockets = [socket for child in children for socket in child.net_connections(kind="inet")]
+        listening = {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}
+    finally:
+        process.terminate()
+        assert process.wait(60) == 75
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from megalite.config.place import count_cores
 from megalite.config.schema_data import DataBuildConfig
 from megalite.log import get_logger
 from megalite.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ def run_units(
     tokenizer: Tokenizer,
 ) -> None:
     """Do what is not done of a kind of work. One of the workers is this process itself."""
-    workers = min(config.workers or os.cpu_count() or 1, len(units))
+    workers = min(config.workers or count_cores(), len(units))
     own = Worker(config, leaks, tokenizer)
     if workers == 1:
         for unit in units:

@@ -21,12 +21,13 @@ from megalite.guard.run_state import RunState, read_life_since, read_state
 from megalite.log import setup_logging
 
 from ..lives import FINAL, run_lives, saved_step
-from ..prepare import world_of
+from ..prepare import given_environment, world_of
 from ..supervise import clean_environment
-from .submit import command
+from .submit import command, job_record, own_job
 
 _POLL_SECONDS = 0.2
 _REQUEUE_SECONDS = 600.0  # in which the controller may be away when the job goes back into the queue
+_POLL_REQUEUE_SECONDS = 10.0
 _MARGIN_SECONDS = 30.0  # for Slurm's own part in ending a step
 _LAST_SECONDS = 10.0  # between TERM and KILL for an srun that waits for a lost node
 _STARTS_IN_VAIN = 4  # in a row, after which a job does not go back into the queue
@@ -47,8 +48,8 @@ def main() -> int:
 
 def run_job(config: TrainConfig) -> int:
     """The steps of a job, and what is to become of it."""
-    run_dir, job = Path(config.run_dir), os.environ["SLURM_JOB_ID"]
-    began, stop = saved_step(run_dir), _Stop()
+    run_dir, job = Path(config.run_dir), own_job()
+    began, stop = saved_step(run_dir), _Stop(job)
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     hosts = command("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
     print(f"job {job}, start {restarts + 1}: step {began}, on {', '.join(hosts)}", file=sys.stderr)
@@ -62,13 +63,32 @@ def run_job(config: TrainConfig) -> int:
     if stop.by_slurm and stands <= began:
         raise ResourceError(
             f"the time limit came before a step was saved: the job stood at step {began} when it started and stands "
-            f"there still, and so would the next. Raise launch.slurm.time (found {config.launch.slurm.time}), or "
-            f"launch.slurm.signal_seconds (found {config.launch.slurm.signal_seconds}) if saving takes longer"
+            f"there still, and so would the next. Raise launch.slurm.time (found {config.launch.slurm.time}); where a "
+            f"step and a save take longer, launch.slurm.signal_seconds (found {config.launch.slurm.signal_seconds})"
         )
     print(f"job {job}: from step {began} to {stands}; back into the queue", file=sys.stderr)
     sys.stderr.flush()
-    command("scontrol", "requeue", job, patience=_REQUEUE_SECONDS)
+    _requeue(job, restarts)
     return EXIT_REQUEUE
+
+
+def _requeue(job: str, restarts: int) -> None:
+    """Put this life of the job back into the queue; its next life is none of our business.
+
+    A host whose network was cut does not hear that Slurm has long done so, and has the job at work elsewhere.
+    """
+    deadline = time.monotonic() + _REQUEUE_SECONDS
+    while True:
+        try:
+            shown = job_record(job)
+            if shown["JobState"] != "RUNNING" or shown.get("Restarts") != str(restarts):
+                return
+            command("scontrol", "requeue", job)
+            return
+        except ResourceError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_REQUEUE_SECONDS)
 
 
 def _refuse_starts_in_vain(run_dir: Path, job: str, restarts: int, began: int) -> None:
@@ -95,17 +115,23 @@ def _tell_of_few_cores(config: TrainConfig, host: str) -> None:
 
 
 class _Stop:
-    """Who asked this job to stop: Slurm, before its time limit, by SIGUSR1; a person, by SIGTERM."""
+    """Who asked this job to stop: Slurm, before its time limit (SIGUSR1) or for another job; or a person (SIGTERM)."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: str) -> None:
         self.by_slurm = False
         self.received: list[int] = []
+        self._job = job
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         self.by_slurm |= number == signal.SIGUSR1
         self.received.append(number)
+
+    def look(self) -> None:
+        """Find out about a SIGTERM: a job that has to make room is told by it, too."""
+        with suppress(ResourceError, ConfigError):
+            self.by_slurm |= job_record(self._job).get("PreemptTime", "None") not in ("None", "Unknown")
 
 
 class _Step:
@@ -120,15 +146,18 @@ class _Step:
         """Start ranks and wait for all; returns their exit code."""
         sent = {FROZEN: config_to_send(self._config)}  # a task of a sweep found it in a file
         environment = clean_environment() | sent | _meeting_point(self._config, self._hosts)
+        if self._config.launch.slurm.tasks == "rank":
+            given_environment(self._config.launch)  # which the script exports; with tasks=node each node tells it
         before, told, gone = read_state(self._run_dir), 0, None
         # What is left of ranks and torchruns on nodes that answer is ended within this time.
         patience = 2 * self._config.launch.grace + _MARGIN_SECONDS
         child = subprocess.Popen(srun_command(self._config), env=environment)
         while child.poll() is None:
             time.sleep(_POLL_SECONDS)
-            if len(self._stop.received) > told:  # srun tells its tasks
+            if len(self._stop.received) > told:
                 told = len(self._stop.received)
-                child.send_signal(signal.SIGUSR1 if self._stop.by_slurm else signal.SIGTERM)
+                child.send_signal(signal.SIGUSR1)  # srun tells its tasks; SIGTERM it would take for its own end
+                self._stop.look()
             state = read_life_since(before, self._run_dir)
             has_failed = state is not None and state.state in ("failed", "died")
             gone = (gone or time.monotonic()) if has_failed else None
@@ -162,7 +191,8 @@ def _code(code: int, state: RunState | None, was_asked: bool) -> int:
 
 def _meeting_point(config: TrainConfig, hosts: list[str]) -> dict[str, str]:
     port = config.launch.port or port_of_job(int(os.environ["SLURM_JOB_ID"]))
-    return {"MEGALITE_HOSTS": " ".join(hosts), "MASTER_ADDR": hosts[0], "MASTER_PORT": str(port)}
+    first = hosts[0] if len(hosts) > 1 else "127.0.0.1"  # where no other host listens in
+    return {"MEGALITE_HOSTS": " ".join(hosts), "MASTER_ADDR": first, "MASTER_PORT": str(port)}
 
 
 def srun_command(config: TrainConfig) -> list[str]:
@@ -178,7 +208,8 @@ def srun_command(config: TrainConfig) -> list[str]:
         words.append(f"--cpus-per-task={slurm.cpus_per_task}")  # srun forgets what sbatch was told
     python = sys.executable
     if slurm.container:
-        words.append(f"--container-image={slurm.container}")
+        # Relative paths mean the same inside: Pyxis would start in the image's own working directory.
+        words += [f"--container-image={slurm.container}", f"--container-workdir={os.getcwd()}"]
         python = "python"
         if slurm.mounts:
             words.append(f"--container-mounts={','.join(slurm.mounts)}")

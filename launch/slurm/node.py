@@ -11,6 +11,8 @@ from ..hosts import MeetingPoint
 from ..prepare import world_of
 from ..torchrun import run_on_host
 
+_MARGIN_SECONDS = 30.0
+
 
 def main() -> int:
     """Returns the exit code of this host's ranks."""
@@ -21,9 +23,11 @@ def main() -> int:
             raise ConfigError("megalite.launch.slurm.node runs under the srun of launch=slurm, and nowhere else")
         hosts = tuple(os.environ["MEGALITE_HOSTS"].split())
         point = MeetingPoint(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), hosts)
-        nodes = config.launch.nodes
+        nodes, slurm = config.launch.nodes, config.launch.slurm
+        # All the time that Slurm gives is for saving, but for its own part in ending a step.
+        patience = max(config.launch.grace, slurm.signal_seconds - _MARGIN_SECONDS)
         # Not again where ranks died: the driver on the batch host does that, with a step of its own.
-        return run_on_host(config, world_of(config.launch)[0] // nodes, point if nodes > 1 else None)
+        return run_on_host(config, world_of(config.launch)[0] // nodes, point if nodes > 1 else None, patience)
     except MegaliteError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

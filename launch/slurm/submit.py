@@ -113,15 +113,28 @@ def wait_for(job: str) -> int:
     return code if state != "COMPLETED" else EXIT_OK
 
 
+def own_job() -> str:
+    """The job that this process is in: its number, or ARRAY_TASK. The number of one task is that of its whole array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
 def job_state(job: str, patience: float = 0.0) -> tuple[str, int]:
     """A job's state in Slurm's words, and its exit code (128 + a signal's number)."""
-    text = command("scontrol", "--oneliner", "show", "job", job, patience=patience).splitlines()[0]
-    state = re.search(r"\bJobState=(\S+)", text)
-    code = re.search(r"\bExitCode=(\d+):(\d+)", text)
-    if not state or not code:
+    shown = job_record(job, patience)
+    state, (code, number) = shown["JobState"], map(int, shown["ExitCode"].split(":"))
+    return state, code or (128 + number if number else 0) or (EXIT_FAILURE if state != "COMPLETED" else 0)
+
+
+def job_record(job: str, patience: float = 0.0) -> dict[str, str]:
+    """What scontrol shows of a job, by Slurm's names; of values with blanks the first word."""
+    lines = command("scontrol", "--oneliner", "show", "job", job, patience=patience).splitlines()
+    # By the number of an array all of its tasks are shown, one of which has the same number.
+    text = next((line for line in lines if line.startswith(f"JobId={job} ")), "".join(lines[:1]))
+    shown = dict(re.findall(r"(?:^|\s)(\w+)=(\S+)", text))
+    if not {"JobState", "ExitCode"} <= shown.keys():
         raise ResourceError(f"scontrol says of job {job}: {text[:200]}")
-    number = int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0)
-    return state[1], number or (EXIT_FAILURE if state[1] != "COMPLETED" else 0)
+    return shown
 
 
 def _refuse_a_second(run_dir: Path) -> None:

@@ -15,7 +15,16 @@ from typing import Any
 
 from megalite.config.frozen import read_config
 from megalite.config.sweep import Dimension
-from megalite.errors import EXIT_OK, EXIT_REQUEUE, EXIT_RESOURCE, ConfigError, MegaliteError, ResourceError
+from megalite.errors import (
+    EXIT_CHECKPOINT,
+    EXIT_DATA,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    EXIT_RESOURCE,
+    ConfigError,
+    MegaliteError,
+    ResourceError,
+)
 from megalite.guard.lock import RunLock, is_locked
 from megalite.guard.observer import read_json
 from megalite.guard.run_state import read_state
@@ -112,11 +121,12 @@ class Search:
         try:
             job = build_job(self._sweep, label_of_trial(trial.number), values)
         except MegaliteError as error:
-            save_outcome(
-                self._sweep.directory, label_of_trial(trial.number), Outcome(time.time(), error.exit_code, str(error))
-            )
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             lock.close()
+            if not isinstance(error, ConfigError):
+                raise  # a disk, and not the values: the trial stays, and this worker can do no other
+            outcome = Outcome(time.time(), error.exit_code, str(error))
+            save_outcome(self._sweep.directory, label_of_trial(trial.number), outcome)
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             return None
         self._metric = metric_of(self._sweep.settings, job.training.config)
         self.requeues = job.training.config.launch.slurm.requeue
@@ -159,8 +169,8 @@ class Search:
         value = read_figures(job.run_dir).get(self._metric, math.nan) if is_finished(job) else math.nan
         if math.isfinite(value):
             self._study.tell(trial, value)
-        elif job.label not in self._hopeless and (code in (EXIT_REQUEUE, EXIT_RESOURCE) or code >= _KILLED):
-            return False  # the machine ended it, and not its values: the next command goes on with it
+        elif job.label not in self._hopeless and _was_the_machine(job, code):
+            return False  # the next command goes on with it
         else:
             self._study.tell(trial, state=states.PRUNED if code == EXIT_REQUEUE else states.FAIL)
         return True
@@ -261,6 +271,13 @@ class Search:
                     f"sweep.dir: {self._sweep.directory / STUDY_FILE} cannot be read or written: {reason}; restore it, "
                     f"or choose another sweep.name: what was trained stays in {self._sweep.directory}"
                 ) from None
+
+
+def _was_the_machine(job: Job, code: int) -> bool:
+    """Whether a trial was ended by its machine, a person or its data, and not by its values."""
+    state = read_state(job.run_dir)
+    has_died = state is not None and state.state == "died"  # whose code Slurm's driver does not keep
+    return has_died or code in (EXIT_REQUEUE, EXIT_RESOURCE, EXIT_DATA, EXIT_CHECKPOINT) or code >= _KILLED
 
 
 def label_of_trial(number: int) -> str:

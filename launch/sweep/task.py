@@ -13,7 +13,7 @@ from megalite.errors import ConfigError, MegaliteError, ResourceError
 from megalite.log import setup_logging
 
 from ..slurm.job import run_job
-from ..slurm.submit import command
+from ..slurm.submit import command, own_job
 from .array import ARRAY_FILE, CONFIG
 from .plan import Sweep, read_command
 from .run import Slot, run_side_by_side
@@ -56,7 +56,7 @@ def _work(sweep: Sweep) -> int:
     code = run_side_by_side(search, [Slot(0)], sweep.directory, received)
     if signal.SIGUSR1 in received and search.requeues:
         with suppress(ResourceError):  # the training has seen to it already
-            command("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+            command("scontrol", "requeue", own_job())
     return code
 
 

@@ -55,6 +55,8 @@ class Saver:
         self._config, rank = engine.config.checkpoint, engine.mesh.rank
         self._disk = Disk(run_dir, rank, checkpoint_bytes(engine), self._config.on_save_error == "retry")
         self._files = FileWriter(engine, self._disk, writers or range(engine.mesh.world_size))
+        # Now: a disk of stores that is gone later must not take what was learned with it.
+        self._stores = [TokenStore.open(store.path).digest for store in engine.config.data.train]
         self._copies: dict[str, torch.Tensor] = {}  # file -> this rank's fragments of it, of the last save
         self._thread = ThreadPoolExecutor(1, "save")
         # While the first steps run: fresh memory takes as long as eight copies, and the first save is not to hold up
@@ -85,7 +87,7 @@ class Saver:
         assert self._pending is None, "call finish first: it tells what became of the save before"
         temporary = on_rank_0("write", lambda: self._create(counters.step))
         link_moments(self._engine)
-        state = _state(self._engine, counters, evaluation, ephemeral)
+        state = {**_state(self._engine, counters, evaluation, ephemeral), "stores": self._stores}
         if self._config.asynchronous:
             if self._room:
                 self._room.result()
@@ -206,14 +208,13 @@ def checkpoint_bytes(engine: Engine) -> int:
 
 
 def _state(engine: Engine, counters: Counters, evaluation: dict[str, float], ephemeral: bool) -> dict[str, Any]:
-    """The manifest's values but for the files."""
+    """The manifest's values but for the files and the stores."""
     return {
         **vars(counters),
         "optimizer_step": optimizer_step(engine),
         "loss_scaler": get_loss_scaler(engine),
         "seed": engine.config.seed,
         "config": config_values(engine.config),
-        "stores": [TokenStore.open(store.path).digest for store in engine.config.data.train],
         "topology": {
             "world_size": engine.mesh.world_size,
             "tensor": engine.mesh.tensor.size,

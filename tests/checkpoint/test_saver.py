@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megalite.checkpoint import Counters, Saver, fragments, saver, writing
 from megalite.checkpoint.engine_state import get_tensor, link_moments
 from megalite.checkpoint_folder import newest_checkpoint
 from megalite.checkpoint_format import KINDS, verify_checkpoint
+from megalite.data.format import TokenStore
 from megalite.engine import Engine
 from megalite.errors import CheckpointError
 from megalite.mesh import build_mesh
@@ -189,6 +191,24 @@ def wrongs(store, tmp_path_factory) -> Callable[[int, bool], list[dict]]:
 @pytest.mark.parametrize("layout", CASES)
 def test_what_is_saved_is_what_deepspeed_gathers_though_steps_go_on(layout, wrongs):
     assert [found[layout] for found in wrongs(layout.world, layout in QUICK)] == [[]] * layout.world
+
+
+def save_without_the_store(run_dir: Path, store: Path) -> None:
+    engine = build(Layout(1, 1, 1), run_dir, store)
+    saver = set_up(engine, asynchronous=False)
+    shutil.rmtree(store)
+    saver.save(Counters(step=1), {})
+    saver.close()
+
+
+def test_a_store_that_is_gone_takes_no_checkpoint_with_it(tmp_path):
+    """A disk of data breaks: what was learned from it is saved all the same."""
+    store = write_store(tmp_path / "words")
+    digest = TokenStore.open(store).digest
+    run_ranks(1, save_without_the_store, tmp_path / "run", store)
+    folder = newest_checkpoint(tmp_path / "run")
+    assert folder is not None
+    assert verify_checkpoint(folder).stores == [digest]
 
 
 def no_memory(*args):
