@@ -2,6 +2,7 @@
 
 from megalite.config.compose import compose_train
 from megalite.config.frozen import config_yaml
+from megalite.config.place import is_one_of_several
 from megalite.config.validate import validate_train
 from megalite.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from megalite.guard.signals import ending_at_once
@@ -21,6 +22,11 @@ def train(arguments: list[str]) -> int:
         return sweep([argument for argument in arguments if argument not in several])
     if own := [argument for argument in arguments if argument.startswith(("sweep.", "sweep="))]:
         raise ConfigError(f"{own[0]}: is for several trainings: megalite train -m ...")
+    if is_one_of_several():
+        raise ConfigError(
+            "megalite train starts the ranks itself, and srun or torchrun has started several of it: give them "
+            "`python -m megalite.train` with the same keys, or see launch=slurm"
+        )
     with ending_at_once(EXIT_REQUEUE):
         config = compose_train([argument for argument in arguments if argument != "--cfg"])
         if "--cfg" in arguments:

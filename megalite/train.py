@@ -1,8 +1,11 @@
 """One rank of a training run: `torchrun -m megalite.train key=value ...`, or called by `megalite train`."""
 
 import contextlib
+import dataclasses
+import os
 import socket
 import sys
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from megalite.config.compose import compose_train, config_digest, config_values
 from megalite.config.frozen import FROZEN, sent_config
 from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import GuardConfig, TrainConfig
+from megalite.config.schema_launch import LaunchConfig
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.data.format import TokenStore
 from megalite.errors import CheckpointError, ConfigError, DataError, MegaliteError, Preempted, ResourceError
@@ -23,6 +27,7 @@ from megalite.guard.run_state import LifeRecord
 from megalite.guard.signals import StopSignals
 from megalite.guard.stall import Limits
 from megalite.guard.vitals import Vitals
+from megalite.host import CLOCK_SECONDS, package_versions
 from megalite.log import errors_in_log, get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
@@ -40,12 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         place = place_from_environment()
         setup_logging(place.rank)
         config = _sent_or_composed(drop_local_rank(sys.argv[1:] if arguments is None else arguments))
-        if config.launch.nproc_per_node not in (None, place.local_world_size):
-            log.warning(
-                "launch.nproc_per_node=%s has no effect here: the launcher started %d ranks on this machine",
-                config.launch.nproc_per_node,
-                place.local_world_size,
-            )
+        if FROZEN not in os.environ:
+            _tell_of_unused_keys(config.launch, place)
         config = resolve_auto(config, "cuda" if torch.cuda.is_available() else "cpu", place.world_size)
         validate_train(config, place.world_size)
         is_alone = place.local_world_size == place.world_size and config.launch.nodes == 1
@@ -56,6 +57,23 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")  # in one piece: `print` writes the newline apart
         return error.exit_code
     return 0
+
+
+def _tell_of_unused_keys(launch: LaunchConfig, place: Place) -> None:
+    """Keys that are for launchers of ours, where somebody else's has started the ranks. Raises `ConfigError`."""
+    if launch.dry_run:
+        raise ConfigError("launch.dry_run: found true, but the ranks have been started: give it to `megalite train`")
+    if launch.nproc_per_node not in (None, place.local_world_size):
+        log.warning(
+            "launch.nproc_per_node=%s has no effect here: the launcher started %d ranks on this machine",
+            launch.nproc_per_node,
+            place.local_world_size,
+        )
+    defaults = LaunchConfig()
+    own = ("name", "dry_run", "nproc_per_node", "interface", "start_timeout")
+    keys = [field.name for field in dataclasses.fields(launch) if field.name not in own]
+    if unused := [f"launch.{key}" for key in keys if getattr(launch, key) != getattr(defaults, key)]:
+        log.warning("%s: no effect here, for the ranks were started by another launcher", ", ".join(unused))
 
 
 def train(config: TrainConfig, place: Place) -> None:
@@ -151,20 +169,41 @@ def _start_heartbeat(config: GuardConfig, logs: Path, place: Place) -> Heartbeat
     return heartbeat
 
 
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What a rank says of itself to the others."""
+
+    host: str
+    clock: float
+    config: str  # the configuration's digest
+    versions: dict[str, str]
+    stores: dict[str, str]  # path -> digest
+
+
 def _check_agreement(config: TrainConfig) -> None:
-    """Every rank has its own configuration, and its own sight of the stores, perhaps of another disk: all are equal."""
+    """Every rank has its own configuration, packages, clock, and sight of the stores: all are equal.
+
+    Hosts that have met know already; ranks of srun or of another launcher meet here first.
+    """
     stores = {store.path: TokenStore.open(store.path).digest for store in (*config.data.train, *config.data.validation)}
-    said = ((socket.gethostname(), config_digest(config_values(config)), stores),) * dist.get_world_size()
-    everyone = list(said)
-    dist.all_gather_object(everyone, said[0])
-    _, config_of_rank_0, stores_of_rank_0 = everyone[0]
-    if different := [rank for rank, (_, digest, _) in enumerate(everyone) if digest != config_of_rank_0]:
+    dist.barrier()  # all leave it at about the same time
+    said = _Said(socket.gethostname(), time.time(), config_digest(config_values(config)), package_versions(), stores)
+    everyone = [said] * dist.get_world_size()
+    dist.all_gather_object(everyone, said)
+    first = everyone[0]
+    if different := [rank for rank, one in enumerate(everyone) if one.config != first.config]:
         raise ConfigError(f"ranks {different} were started with another configuration than rank 0")
-    for path, digest in stores_of_rank_0.items():
-        if hosts := sorted({host for host, _, found in everyone if found[path] != digest}):
-            raise DataError(
-                f"{path}: on {', '.join(hosts)} it is another store than on {everyone[0][0]}; copy it again"
-            )
+    for path, digest in first.stores.items():
+        if hosts := sorted({one.host for one in everyone if one.stores[path] != digest}):
+            raise DataError(f"{path}: on {', '.join(hosts)} it is another store than on {first.host}; copy it again")
+    for one in everyone:
+        for name, version in first.versions.items():
+            if one.versions.get(name) != version:
+                raise ResourceError(
+                    f"{one.host} has {name} {one.versions.get(name)}, {first.host} has {version}: install the same"
+                )
+        if one.host != first.host and abs(ahead := one.clock - first.clock) > CLOCK_SECONDS:
+            raise ResourceError(f"the clock of {one.host} is {ahead:+.1f} s off that of {first.host}: let NTP set both")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_without_rank_0_there_is_no_meeting():
 def test_a_taken_port_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(ResourceError, match=rf"cannot listen on port {port}: .*; see launch.port"):
+        with pytest.raises(ResourceError, match=rf"cannot listen on 127.0.0.1:{port}: .*; choose another launch.port"):
             meet_ranks(Place(0, 0, 2, 1, "env://", "127.0.0.1", port), 5.0)
 
 

@@ -17,7 +17,9 @@ from .tail import modified, read_small
 _LOST_ANOTHER = re.compile(
     r"connection (closed|reset|refused)|read error|broken pipe|socket|ncclRemoteError|ncclSystemError|timed out", re.I
 )
-_JOB_STARTS = re.compile(r"job \S+, start \d+: step")
+_RANKS_START = re.compile(r"job \S+, start \d+: step.*|ranks died \(exit code \d+\): starting them again .*")
+_OF_SLURM = ("srun: ", "slurmstepd: ")  # said of whatever ended a task
+_OURS = re.compile(r"(Config|Data|Checkpoint|Resource)Error: .*")  # a driver's own word
 _UNDATED_ERROR = re.compile(
     r"(rank \d+: )?\w*(Error|Exception)(: .*)?|rank \d+ was ended by .*|slurmstepd: error: .*|srun: error: .*"
 )
@@ -56,6 +58,8 @@ def find_first_error(run_dir: Path, state: RunState | None, ranks: Collection[in
     Looks at the ends of rank logs, at what the watchdog wrote, at ranks that fell silent, and at Slurm's log. Ranks'
     clocks are taken to agree.
     """
+    if state and state.state in ("finished", "stopped"):
+        return None
     started = state.started if state else 0.0
     logs = {rank: path for rank, path in rank_logs(run_dir / "logs").items() if not ranks or rank in ranks}
     first: tuple[Entry, list[Entry]] | None = None
@@ -70,6 +74,8 @@ def find_first_error(run_dir: Path, state: RunState | None, ranks: Collection[in
         return FirstError("watchdog", stall.lines[0], stall.time, context=(stall,), entry=stall)
     silent = [found for found in _silent(run_dir, state) if not ranks or found.record.rank in ranks]
     said = tuple(dict.fromkeys(line for log in others if log.modified >= started for line in errors_of(log)))
+    if state and state.state == "preempted":  # it was asked to end: that srun says so is no error
+        said = tuple(line for line in said if _OURS.fullmatch(line))
     if first is not None:
         entry, context = first
         if silent and _LOST_ANOTHER.search(entry.lines[0]):
@@ -78,11 +84,16 @@ def find_first_error(run_dir: Path, state: RunState | None, ranks: Collection[in
         notes = tuple(_describe(found) for found in silent)
         host = _host(run_dir, entry.ranks[0], started)
         return FirstError(name_ranks(entry.ranks), entry.lines[0], entry.time, host, tuple(context), entry, notes)
-    if silent:
+    ours = next((line for line in said if _OURS.fullmatch(line)), None)
+    if silent and ours is None:
         return _of_the_silent(silent, said)
     if state and state.error:
         return FirstError("rank 0", clean(" ".join(state.error.split())), state.changed, state.host, notes=said)
-    return FirstError(others[0].name, said[0], notes=said[1:]) if said else None
+    if not said:
+        return None
+    first_said = ours or said[0]
+    notes = (*(_describe(found) for found in silent), *(line for line in said if line != first_said))
+    return FirstError(others[0].name, first_said, notes=notes)
 
 
 def records_of(run_dir: Path, started: float = 0.0) -> Iterator[tuple[Record, float]]:
@@ -136,9 +147,10 @@ def _host(run_dir: Path, rank: int, started: float) -> str:
 
 
 def errors_of(log: OtherLog) -> list[str]:
-    """Lines of a log without times that tell of an end, since the job's last start."""
-    starts = [number for number, line in enumerate(log.lines) if _JOB_STARTS.match(line)]
-    return [line for line in log.lines[starts[-1] if starts else 0 :] if _UNDATED_ERROR.fullmatch(line)][:5]
+    """Lines of a log without times that tell of an end, since ranks were started last; Slurm's own come last."""
+    starts = [number for number, line in enumerate(log.lines) if _RANKS_START.fullmatch(line)]
+    found = [line for line in log.lines[starts[-1] if starts else 0 :] if _UNDATED_ERROR.fullmatch(line)]
+    return sorted(found, key=lambda line: line.startswith(_OF_SLURM))[:5]
 
 
 def _shortened(text: str, length: int = 160) -> str:

@@ -6,7 +6,6 @@ import re
 import socket
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from megalite.guard.lock import is_locked
 from megalite.guard.observer import FOLDER
 from megalite.guard.run_state import STATE_FILE, RunState, read_state
 
-from ..slurm.queue import QueuedJob, ask_squeue
+from ..slurm.queue import Queue, ask_squeue
 from ..slurm.submit import JOB
 from .first_error import find_first_error
 from .log_entries import clean
-from .tail import modified, read_small, tail_rows
+from .tail import modified, read_small, tail_lines, tail_rows
 
 CONFIG = "config.yaml"
 MARKS = (STATE_FILE, CONFIG, JOB)  # a directory with one of these is a run
@@ -128,11 +127,15 @@ def look_at(run_dir: Path, name: str) -> RunStatus:
     )
 
 
-def _with_job(run: RunStatus, jobs: Mapping[str, QueuedJob]) -> RunStatus:
-    """The run, with what Slurm says of its job: a job to come makes a run that is not at work `pending`."""
-    job = jobs.get(run.job)
+def _with_job(run: RunStatus, queue: Queue) -> RunStatus:
+    """The run, with what Slurm says of its job: one to come makes a run `pending`, one that has ended none at work."""
+    job = queue.jobs.get(run.job)
     if job is None:
-        return run
+        if not run.job or not queue.has_ended(run.job):
+            return run
+        if run.state == "new":
+            return replace(run, state="failed", error=run.error or _last_words(Path(run.run_dir), run.job))
+        return replace(run, state="died") if run.state == "running?" else run
     state = run.state
     if job.state == "PENDING" and state not in ("running", "running?", "finished"):
         state = "pending"
@@ -142,10 +145,18 @@ def _with_job(run: RunStatus, jobs: Mapping[str, QueuedJob]) -> RunStatus:
     return replace(run, state=state, job_state=clean(told))
 
 
+def _last_words(run_dir: Path, job: str) -> str:
+    """Why a job has ended before any rank began."""
+    lines = [line for line in tail_lines(run_dir / "logs" / f"slurm_{job}.log")[0] if line.strip()]
+    nothing = f"job {job} ended and left no log in {run_dir / 'logs'}: does its first node have that directory?"
+    return clean(lines[-1].strip()) if lines else nothing
+
+
 def ask_slurm(found: Survey) -> Survey:
     """The runs with Slurm's word, where there is Slurm."""
-    known, problem = ask_squeue({run.job for run in found.runs if run.job})
-    return Survey([_with_job(run, known) for run in found.runs], [*found.notes, *([problem] if problem else [])])
+    queue = ask_squeue({run.job for run in found.runs if run.job})
+    notes = [*found.notes, *([queue.problem] if queue.problem else [])]
+    return Survey([_with_job(run, queue) for run in found.runs], notes)
 
 
 def _name(path: Path, folder: Path) -> str:
@@ -206,7 +217,7 @@ def _word_without_record(run_dir: Path, step: int | None, steps: int | None) -> 
 
 
 def _error(run_dir: Path, state: RunState | None, word: str, job: str) -> str:
-    if word not in ("failed", "died") and not (word == "new" and job):
+    if word not in ("failed", "died", "preempted") and not (word == "new" and job):
         return ""
     first = find_first_error(run_dir, state)
     return first.headline if first else ""

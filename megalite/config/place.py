@@ -56,6 +56,12 @@ def place_from_environment(environment: Mapping[str, str] | None = None) -> Plac
     return Place(rank, local_rank, world_size, local_world_size, "env://", environment["MASTER_ADDR"], port)
 
 
+def is_one_of_several(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether srun or torchrun has started this process, as one of several or to be a rank."""
+    environment = os.environ if environment is None else environment
+    return "TORCHELASTIC_RUN_ID" in environment or _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1
+
+
 def _place_of_slurm(environment: Mapping[str, str]) -> Place:
     """One task a rank: `srun python -m megalite.train`. Ranks meet on the step's first host."""
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST")

@@ -15,7 +15,7 @@ from megalite.config.validate_commands import validate_jobs
 from megalite.errors import ConfigError
 from megalite.guard.lock import RunLock
 from megalite.launch.monitor.jobs import jobs, look, to_json, to_table
-from megalite.launch.slurm.queue import ask_squeue
+from megalite.launch.slurm.queue import Queue, ask_squeue
 from tests.launch.run_folders import NOW, row, write_heartbeat, write_log, write_run
 
 
@@ -238,6 +238,23 @@ def test_what_slurm_says(tmp_path, no_slurm):
     assert "11 pending (Resources)" in to_table(tmp_path, look(tmp_path), 200).plain
 
 
+def test_what_slurm_does_not_have_any_more_has_ended(tmp_path, no_slurm):
+    """A job that failed before its ranks began, one that left nothing at all, and one that was killed a moment ago."""
+    for name, number in {"failed": 11, "silent": 12}.items():
+        write_run(tmp_path / name, None, steps=None).joinpath("job.txt").write_text(f"{number}\n")
+    (tmp_path / "failed/logs").mkdir()
+    (tmp_path / "failed/logs/slurm_11.log").write_text("line 4: env/bin/activate: No such file or directory\n")
+    killed = write_run(tmp_path / "killed", "running", job="13")
+    write_heartbeat(killed, 0, before=5.0)
+    unasked = {name: run.state for name, run in found_in(tmp_path).items()}
+    assert unasked == {"failed": "new", "silent": "new", "killed": "running?"}, "without Slurm nobody knows"
+    fake_squeue(no_slurm, "")
+    runs = found_in(tmp_path)
+    assert (runs["failed"].state, runs["silent"].state, runs["killed"].state) == ("failed", "failed", "died")
+    assert runs["failed"].error == "line 4: env/bin/activate: No such file or directory"
+    assert "job 12 ended and left no log" in runs["silent"].error
+
+
 def test_a_later_submission_counts(tmp_path):
     run = write_run(tmp_path / "run", "preempted", job="20")
     (run / "job.txt").write_text("21\n")
@@ -261,8 +278,7 @@ def test_slurm_that_gives_no_answer_is_a_note(tmp_path, no_slurm, monkeypatch):
 
 def test_slurm_is_not_asked_for_nothing(no_slurm):
     fake_squeue(no_slurm, "1|RUNNING|None")
-    assert ask_squeue(set()) == ({}, "")
-    assert ask_squeue({"no number"}) == ({}, "")
+    assert ask_squeue(set()) == ask_squeue({"no number"}) == Queue()
     assert not (no_slurm / "asked").exists()
 
 

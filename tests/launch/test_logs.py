@@ -109,6 +109,33 @@ def test_before_the_ranks_have_logs(run, tmp_path):
     assert first_of(new).headline == "slurm_7.log: slurmstepd: error: oom"
 
 
+OF_SLURM = "srun: error: nodea: task 0: Exited with exit code 5"
+MISSING = "ResourceError: 1 of 2 hosts came within launch.start_timeout=5 s: nodea; missing: nodeb"
+AGAIN = "ranks died (exit code 137): starting them again from step 5"
+TOO_SHORT = "ResourceError: the time limit came before a step was saved"
+
+
+@pytest.mark.parametrize(
+    ("state", "lines", "headline"),
+    [
+        ("failed", [OF_SLURM, MISSING], f"slurm_7.log: {MISSING}"),
+        ("died", ["rank 3 (pid 4) was ended by SIGKILL at 10:00:00", OF_SLURM], "rank 0: killed"),
+        ("died", [OF_SLURM, TOO_SHORT], f"slurm_7.log: {TOO_SHORT}"),
+        ("preempted", [OF_SLURM], None),
+        ("preempted", [TOO_SHORT], f"slurm_7.log: {TOO_SHORT}"),
+        ("finished", [OF_SLURM], None),
+        ("failed", [MISSING, AGAIN, OF_SLURM], f"slurm_7.log: {OF_SLURM}"),
+    ],
+)  # fmt: skip
+def test_of_what_a_jobs_log_says_the_drivers_own_word_comes_first(tmp_path, state, lines, headline):
+    found = write_run(tmp_path / "run", state, job="7")
+    write_heartbeat(found, 0, before=50.0, phase="step" if state == "died" else "end")
+    (found / "logs/slurm_7.log").write_text("\n".join(["job 7, start 1: step 0, on nodea", *lines]) + "\n")
+    first = first_of(found)
+    assert (first is None) == (headline is None)
+    assert headline is None or first.headline.startswith(headline)
+
+
 def test_ranks_are_merged_by_time_and_say_the_same_once(run):
     write_log(run, 0, (9, "INFO", "one"), (7, "WARNING", "both say it"), (5, "INFO", "three\n  of two lines"))
     write_log(run, 1, (8, "INFO", "two"), (6.9, "WARNING", "both say it"), (3, "WARNING", "both say it"))

@@ -180,6 +180,14 @@ def test_a_store_that_another_job_is_to_make_is_looked_at_when_that_has_ended(tm
     assert prepare(config).config.model.vocab_size == VOCAB, "it is there: whatever is wrong is said at once"
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID"])
+def test_the_command_that_starts_ranks_is_not_started_once_for_each(name, monkeypatch, capsys):
+    """Each would train alone, or find the others in its run directory."""
+    monkeypatch.setenv(name, "4")
+    assert main(["train", "data.train=store"]) == 2
+    assert "give them `python -m megalite.train` with the same keys" in capsys.readouterr().err
+
+
 def test_what_a_command_of_slurm_says_is_the_message(tmp_path, monkeypatch):
     fake = tmp_path / "sbatch"
     fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
