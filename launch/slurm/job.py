@@ -57,8 +57,10 @@ def run_job(config: TrainConfig) -> int:
     _tell_of_few_cores(config, hosts[0])
     step = _Step(config, hosts, stop)
     code = run_lives(step.run, config, is_hopeless=lambda: step.has_lost_a_host or bool(stop.received))
-    if code == EXIT_OK or not config.launch.slurm.requeue or not (stop.by_slurm or step.has_lost_a_host):
-        return code  # at its end; or a person asked the ranks to stop, and did not ask Slurm to go on
+    if code == EXIT_OK or not config.launch.slurm.requeue:
+        return code
+    if not (step.has_lost_a_host or stop.is_slurms()):
+        return code  # a person asked the ranks to stop, and did not ask Slurm to go on
     stands = saved_step(run_dir)
     if stop.by_slurm and stands <= began:
         raise ResourceError(
@@ -128,10 +130,11 @@ class _Stop:
         self.by_slurm |= number == signal.SIGUSR1
         self.received.append(number)
 
-    def look(self) -> None:
-        """Find out about a SIGTERM: a job that has to make room is told by it, too."""
+    def is_slurms(self) -> bool:
+        """Whether it was Slurm. Of a job that has to make room, the ranks alone are told, and by SIGTERM."""
         with suppress(ResourceError, ConfigError):
             self.by_slurm |= job_record(self._job).get("PreemptTime", "None") not in ("None", "Unknown")
+        return self.by_slurm
 
 
 class _Step:
@@ -157,7 +160,6 @@ class _Step:
             if len(self._stop.received) > told:
                 told = len(self._stop.received)
                 child.send_signal(signal.SIGUSR1)  # srun tells its tasks; SIGTERM it would take for its own end
-                self._stop.look()
             state = read_life_since(before, self._run_dir)
             has_failed = state is not None and state.state in ("failed", "died")
             gone = (gone or time.monotonic()) if has_failed else None

@@ -48,10 +48,10 @@ def grid(plan: Sweep, jobs: Sequence[Job]) -> int:
         log.info("sweep %s: %d trainings, %d of them finished", plan.name, len(jobs), len(jobs) - len(left))
         code = EXIT_OK
         if left and config.launch.name == "slurm":
-            numbers = [number for number, job in enumerate(jobs) if job in left]
-            code = start_array(plan, jobs, numbers)
+            code = start_array(plan, left)
         elif left:
-            slots = slots_of(plan.settings.parallel or 1, config.launch.nproc_per_node)
+            most = max(job.training.ranks_per_node for job in left)
+            slots = slots_of(plan.settings.parallel or 1, most)
             code = run_side_by_side(Grid(left), slots, plan.directory)
         show(plan, [row_of(job, plan.directory) for job in jobs], metric_of(plan.settings, config))
     return code
@@ -60,15 +60,15 @@ def grid(plan: Sweep, jobs: Sequence[Job]) -> int:
 def search(plan: Sweep, job: Job) -> int:
     """Go on to `sweep.trials` trials in all; others may work on the same ones. `job`: one of them."""
     config = job.training.config
-    trials = Search(plan)
+    trials = Search(plan, job)
     left = int(plan.settings.trials or 0) - trials.num_ended
     log.info("sweep %s: %d trials, %d of them ended", plan.name, plan.settings.trials, trials.num_ended)
     code = EXIT_OK
     if left > 0 and config.launch.name == "slurm":
-        code = start_array(plan, [job], range(min(left, plan.settings.parallel or 1)))
+        code = start_array(plan, [job], workers=min(left, plan.settings.parallel or 1))
     elif left > 0:
         slots = slots_of(plan.settings.parallel or 1, config.launch.nproc_per_node)
-        code = run_side_by_side(trials, slots, plan.directory)
+        code = run_side_by_side(trials, slots, plan.directory) or trials.problem
     rows, metric = trials.rows(), metric_of(plan.settings, config)
     show(plan, rows, metric)
     if code != EXIT_OK:
@@ -114,5 +114,5 @@ def _describe(plan: Sweep, jobs: Sequence[Job]) -> None:
         print(f"{len(jobs)} trainings in {plan.directory}:")
         print("\n".join(f"{row.label}  {row.state}" for row in (row_of(job, plan.directory) for job in jobs)))
     if launch.name == "slurm":
-        left = [number for number, job in enumerate(jobs) if not is_finished(job)]
-        print(describe_array(plan, jobs, range(plan.settings.parallel or 1) if plan.settings.trials else left))
+        left = [job for job in jobs if not is_finished(job)]
+        print(describe_array(plan, left or jobs, (plan.settings.parallel or 1) if plan.settings.trials else None))

@@ -64,7 +64,7 @@ def read_command(arguments: Sequence[str]) -> Sweep:
     validate_sweep(settings, dimensions)
     if settings.trials and (given := [line for line in single if _key(line) in ("run_dir", "run_name")]):
         raise ConfigError(f"{given[0]}: the trainings of a search have folders and names of their own; see sweep.dir")
-    name = settings.name or _name(single, dimensions)
+    name = settings.name or _name(single, dimensions, is_search=settings.trials is not None)
     return Sweep(
         settings,
         name,
@@ -124,7 +124,8 @@ def command_of(sweep: Sweep, label: str, values: Sequence[str], ranks_per_node: 
     """For a shell: the training with `values` on its own, from the start, in a folder of its own."""
     swept = [f"{key}={value}" for key, value in zip(sweep.keys, values, strict=True)]
     shared = [line for line in sweep.single if _key(line) not in ("run_dir", "run_name", "launch.nproc_per_node")]
-    ranks = [f"launch.nproc_per_node={ranks_per_node}"] if ranks_per_node else []
+    own = f"launch.nproc_per_node={ranks_per_node}"
+    ranks = [own] if ranks_per_node and "launch.nproc_per_node" not in sweep.keys else []
     again = [*shared, *swept, *ranks, f"run_dir={sweep.directory / 'repeated' / label}"]
     return shlex.join(["megalite", "train", *again])
 
@@ -145,9 +146,11 @@ def short_names(keys: Sequence[str]) -> list[str]:
     return [key if last.count(name) > 1 else name for key, name in zip(keys, last, strict=True)]
 
 
-def _name(single: Sequence[str], dimensions: Sequence[Dimension]) -> str:
+def _name(single: Sequence[str], dimensions: Sequence[Dimension], is_search: bool) -> str:
     """The same for commands whose trainings have the same numbers."""
-    lines = sorted([*numbers_of(single), *(dimension.line for dimension in dimensions)])
+    lines = sorted(
+        [*numbers_of(single), *(dimension.line for dimension in dimensions), *(["search"] if is_search else [])]
+    )
     experiment = next((line.partition("=")[2] for line in single if _key(line) == "experiment"), "sweep")
     return f"{experiment}-{xxhash.xxh3_64_hexdigest(chr(10).join(lines).encode())[:8]}"
 

@@ -120,7 +120,7 @@ def _settle(child: _Child, directory: Path, was_asked: bool) -> int:
     code = number if number >= 0 else 128 - number
     if was_asked and code != EXIT_OK:
         code = EXIT_REQUEUE  # before its first step, or at once for a second signal: it goes on where it stood
-    outcome = outcome_of(job.run_dir / LOG, child.started, code)
+    outcome = outcome_of(job.run_dir / LOG, child.started, code, job.run_dir)
     save_outcome(directory, job.label, outcome)
     how = {EXIT_OK: "finished", EXIT_REQUEUE: "stopped, saved"}.get(code, f"failed: {outcome.error}")
     log.info("%s: %s, after %.0f s", job.label, how, time.time() - child.started)

@@ -39,6 +39,7 @@ log = get_logger(__name__)
 STUDY_FILE = "study.sqlite"
 _SEARCH_FILE = "search.json"
 _KILLED = 128  # exit codes of what a signal ended, for want of memory for instance
+_WARMUP_SHARE = 10  # no trial is given up in the first tenth of its steps
 _PAUSE_SECONDS = 1.0  # between two looks at figures, and at trials that nobody works on
 
 
@@ -70,18 +71,25 @@ def _ends(dimensions: Sequence[Dimension], which: int) -> list[str]:
 class Search:
     """Hands out trials until there are `sweep.trials` of them; see `run.Source`."""
 
-    def __init__(self, sweep: Sweep):
-        """Open the study, or make it. Raises `ConfigError` when the directory holds another search."""
+    def __init__(self, sweep: Sweep, like: Job | None = None):
+        """Open the study, or make it. Raises `ConfigError` when the directory holds another search.
+
+        `like`: what `plan_search` gave, where it was asked already.
+        """
         self._sweep, self._optuna = sweep, _import_optuna()
+        config = (like or plan_search(sweep)).training.config
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        self._metric = ""
+        self._metric = metric_of(sweep.settings, config)
+        # What is given up in the warm-up of the learning rate is told apart by its random start alone.
+        self._not_judged = max(config.schedule.warmup_steps, config.trainer.steps // _WARMUP_SHARE)
+        self.requeues = config.launch.slurm.requeue  # whether Slurm is asked for it
         self._mine: dict[str, tuple[Any, RunLock]] = {}  # label -> trial and its lock
         self._left: set[int] = set()  # stopped by somebody who did not stop the sweep: not to be taken up here again
         self._hopeless: set[str] = set()
         self._seen: dict[str, tuple[float, int]] = {}  # label -> when its figures were read, and the last step of them
         self._looked = -math.inf
         self.is_empty = False
-        self.requeues = False  # whether the trainings' configuration asks Slurm for it
+        self.problem = EXIT_OK  # the exit code of what kept this worker from starting trials
         with self._exclusive():
             self._check_same()
             self._study = self._open()
@@ -102,7 +110,10 @@ class Search:
                     lock.close()
                     waits = True
                 elif job := self._begin(self._optuna.trial.Trial(self._study, frozen._trial_id), lock):
+                    self._seen[job.label] = -math.inf, max(frozen.intermediate_values, default=0)
                     return job
+                elif self.problem:
+                    return None
             while len(self._study.get_trials(deepcopy=False)) < int(self._sweep.settings.trials or 0):
                 number = len(self._study.get_trials(deepcopy=False))
                 self._study.sampler = self._sampler(number)
@@ -111,6 +122,8 @@ class Search:
                 assert lock is not None, "nobody else asks"
                 if job := self._begin(trial, lock):
                     return job
+                if self.problem:
+                    return None
             self._looked = time.monotonic()
             self.is_empty = not waits
             return None
@@ -122,14 +135,16 @@ class Search:
             job = build_job(self._sweep, label_of_trial(trial.number), values)
         except MegaliteError as error:
             lock.close()
-            if not isinstance(error, ConfigError):
-                raise  # a disk, and not the values: the trial stays, and this worker can do no other
-            outcome = Outcome(time.time(), error.exit_code, str(error))
+            if not isinstance(error, ConfigError):  # a disk, and not the values: the next command goes on with it
+                log.error("%s; nothing more is started here", error)
+                self.problem, self.is_empty = error.exit_code, True
+                return None
+            outcome = Outcome(
+                time.time(), error.exit_code, str(error).removeprefix(f"{label_of_trial(trial.number)}: ")
+            )
             save_outcome(self._sweep.directory, label_of_trial(trial.number), outcome)
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
             return None
-        self._metric = metric_of(self._sweep.settings, job.training.config)
-        self.requeues = job.training.config.launch.slurm.requeue
         if is_finished(job):  # its worker was gone before it could tell
             self._tell(trial, job, EXIT_OK)
             lock.close()
@@ -197,7 +212,7 @@ class Search:
         except ConfigError:
             ranks, steps = None, 0
         figures = read_figures(run_dir) if state else {}
-        step = state.step if state and name != "running" else int(figures.get("step", 0))
+        step = max(state.step if state else 0, int(figures.get("step", 0)))
         command = command_of(self._sweep, label, values, ranks)
         return Row(label, values, run_dir, name, step, steps, figures, error if name == "failed" else "", command)
 
@@ -228,7 +243,9 @@ class Search:
             direction=settings.direction,
             load_if_exists=True,
             sampler=self._sampler(0),
-            pruner=optuna.pruners.MedianPruner() if settings.prune else optuna.pruners.NopPruner(),
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=self._not_judged)
+            if settings.prune
+            else optuna.pruners.NopPruner(),
         )
 
     def _sampler(self, number: int) -> Any:
@@ -241,7 +258,7 @@ class Search:
         said = {
             "dimensions": [dimension.line for dimension in sweep.dimensions],
             "others": sorted(numbers_of(sweep.single)),
-            "metric": sweep.settings.metric,
+            "metric": self._metric,
             "direction": sweep.settings.direction,
         }
         found = read_json(path, {})  # nothing, where a disk was full

@@ -13,6 +13,8 @@ from megalite.guard.run_state import RunState, read_state
 from megalite.metrics.jsonl import read_metrics
 from megalite.redaction import redact_text
 
+from ..monitor.first_error import find_first_error
+from ..monitor.tail import tail_lines
 from .plan import Job
 
 JOBS = "jobs"  # in the sweep's directory: a folder for each training, beside its run directory
@@ -98,7 +100,7 @@ def row_of(job: Job, directory: Path) -> Row:
     figures = read_figures(job.run_dir) if state is not None else {}
     step = state.step if state is not None else 0
     if name in ("running", "died"):  # it writes its step down when it ends
-        step = int(figures.get("step", step))
+        step = max(step, int(figures.get("step", 0)))
     steps = trainer.stop_after or trainer.steps
     return Row(job.label, job.values, job.run_dir, name, step, steps, figures, error, job.command)
 
@@ -127,15 +129,14 @@ def read_figures(run_dir: Path) -> dict[str, float]:
     return figures
 
 
-def outcome_of(log: Path, started: float, code: int) -> Outcome:
-    """How a process ended that wrote to `log`: the last line of it tells why it failed."""
+def outcome_of(log: Path | None, started: float, code: int, run_dir: Path | str | None = None) -> Outcome:
+    """How a process ended: why it failed, the logs of its ranks in `run_dir` tell, or else the last line of `log`."""
     if code in (EXIT_OK, EXIT_REQUEUE):
         return Outcome(started, code)
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
+    state = read_state(Path(run_dir)) if run_dir else None
+    has_begun = state is not None and state.started >= started
+    if run_dir and has_begun and (first := find_first_error(Path(run_dir), state)):
+        return Outcome(started, code, redact_text(first.headline[:500]))
+    lines = [line.strip() for line in tail_lines(log, _TAIL_BYTES)[0] if line.strip()] if log else []
     said = f"ended by signal {code - 128}" if code > 128 else f"exit code {code}"
     return Outcome(started, code, redact_text(lines[-1][:500]) if lines else said)

@@ -46,6 +46,8 @@ def show(sweep: Sweep, rows: Sequence[Row], metric: str) -> None:
         print(f"best: {best.label}, {metric} {best.figures[metric]:.6g}; the same training again:\n{best.command}")
     else:
         print(f"best: none, for no training has come to its end with a finite {metric}")
+        if old := [row.label for row in rows if row.is_done and metric not in row.figures]:
+            print(f"{', '.join(old)}: trained without {metric}, perhaps by a command with other keys than this one")
 
 
 def _columns(rows: Sequence[Row], metric: str) -> list[str]:

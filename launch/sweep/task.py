@@ -18,7 +18,7 @@ from .array import ARRAY_FILE, CONFIG
 from .plan import Sweep, read_command
 from .run import Slot, run_side_by_side
 from .search import Search
-from .state import JOBS, Outcome, save_outcome
+from .state import JOBS, Outcome, outcome_of, save_outcome
 
 
 def main(arguments: list[str]) -> int:
@@ -41,11 +41,12 @@ def _train(directory: Path, label: str) -> int:
     started = time.time()
     print(f"training {label}", file=sys.stderr)
     try:
-        code = run_job(read_config(directory / JOBS / label / CONFIG))
+        config = read_config(directory / JOBS / label / CONFIG)
+        code = run_job(config)
     except MegaliteError as caught:
         save_outcome(directory, label, Outcome(started, caught.exit_code, f"{type(caught).__name__}: {caught}"))
         raise
-    save_outcome(directory, label, Outcome(started, code, f"exit code {code}" if code else ""))
+    save_outcome(directory, label, outcome_of(None, started, code, config.run_dir))
     return code
 
 
@@ -53,7 +54,7 @@ def _work(sweep: Sweep) -> int:
     """Trials until there are enough. Before its time limit the task goes back into the queue: more of them may wait."""
     received: list[int] = []
     search = Search(sweep)
-    code = run_side_by_side(search, [Slot(0)], sweep.directory, received)
+    code = run_side_by_side(search, [Slot(0)], sweep.directory, received) or search.problem
     if signal.SIGUSR1 in received and search.requeues:
         with suppress(ResourceError):  # the training has seen to it already
             command("scontrol", "requeue", own_job())

@@ -10,7 +10,7 @@ class SweepConfig:
 
     name: str | None = None  # null: the experiment's, and a digest of the keys that change numbers
     dir: str | None = None  # null: outputs/sweeps/NAME; each training has a folder in it
-    parallel: int | None = None  # side by side, on devices of their own; null: 1, in an array all
+    parallel: int | None = None  # side by side, on devices of their own; null: 1, in a grid's array all
     trials: int | None = None  # so many trainings with values that Optuna chooses; null: one for every combination
     metric: str | None = None  # what is compared; null: eval/SOURCE/loss of the first of data.validation, else loss
     direction: Literal["minimize", "maximize"] = "minimize"  # what a good value of it is

@@ -19,6 +19,8 @@ _ONLY_FOR = {
     "slurm": ("slurm",),
 }
 _SECRET = re.compile(r"(?i)(^|_)(key|token|secret|password|passwd|credentials?)$")
+_MOST_MINUTES = 1440
+_OF_RANKS = ("nodes", "nproc_per_node", "address", "port", "interface", "start_timeout", "grace", "hostfile")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d{1,2}))?(?::(\d{1,2}))?")
 
 
@@ -62,10 +64,12 @@ def build_launch_rules(launch: LaunchConfig, parts: int) -> Iterator[str]:
     if launch.name not in ("local", "slurm"):
         yield f"launch: found {launch.name}, allowed for a build: local, slurm"
         return
-    kept = LaunchConfig(
-        name=launch.name, wait=launch.wait, dry_run=launch.dry_run, slurm=launch.slurm, environment=launch.environment,
-        restarts=launch.restarts,
-    )  # fmt: skip
+    kept = LaunchConfig(name=launch.name)
+    if launch.name == "slurm":
+        slurm = dataclasses.replace(launch.slurm, signal_seconds=0)  # it has nothing to save
+        launch = dataclasses.replace(launch, slurm=slurm)
+        # Restarts stand in conf/launch/slurm.yaml.
+        kept = dataclasses.replace(launch, **{key: getattr(kept, key) for key in _OF_RANKS})
     for field in dataclasses.fields(launch):
         if getattr(launch, field.name) != getattr(kept, field.name):
             yield f"launch.{field.name}: found {getattr(launch, field.name)!r}, which a build has no use for"
@@ -115,6 +119,11 @@ def _slurm_rules(slurm: SlurmConfig) -> Iterator[str]:
         limit = time_limit(slurm.time)
         if limit is None:
             yield f"launch.slurm.time: found {slurm.time!r}, expected minutes, HH:MM:SS or D-HH:MM:SS"
+        elif slurm.time.isdecimal() and int(slurm.time) >= _MOST_MINUTES:
+            yield (
+                f"launch.slurm.time: found {slurm.time}, which are minutes: write a day or more as D-HH:MM:SS; in YAML "
+                "put quotes around times, for 4:00:00 without them is the number 14400"
+            )
         elif 0 < limit <= slurm.signal_seconds:
             yield (
                 f"launch.slurm.signal_seconds: found {slurm.signal_seconds}, but launch.slurm.time={slurm.time} ends "

@@ -28,6 +28,9 @@ def _rules(settings: SweepConfig, dimensions: Sequence[Dimension]) -> Iterator[s
             yield f"sweep.{key}: found {number}, allowed: 1 or more"
     if not 0 <= settings.seed < 2**32:
         yield f"sweep.seed: found {settings.seed}, allowed: 0 or more and below 2^32"
+    for dimension in dimensions if settings.trials else ():
+        if "shuffle(" in dimension.line:
+            yield f"{dimension.line}: a search chooses among values in any order, and each worker has to see the same"
     if settings.trials is None:
         if (number := math.prod(len(dimension.choices) for dimension in dimensions)) > MOST:
             yield f"-m: {number:,} combinations, at most {MOST:,} are taken; sweep.trials=N tries some of them"

@@ -22,6 +22,8 @@ SSH = ("openssh-server", "openssh-client", "pdsh")
 ACCOUNTING = ("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server")
 CONTROLLER = "ctl"
 _SUBNET = "10.213.7"
+_END_WITH_US = ("setpriv", "--pdeathsig=KILL")  # whatever ends the tests
+_SECOND_SUBNET = "10.213.8"
 _FIRST = 8  # of the controller: the second node is .10, which as a text comes before the first one's .9
 _START_SECONDS = 60
 _CPUS = 4  # that each node claims; in truth they share what there is
@@ -143,7 +145,8 @@ class Hosts:
         begin = 'hostname "$0"; mount --bind "$1" /etc/hosts; ip link set lo up; exec sleep infinity'
         namespaces = ["--uts", "--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc"]
         keeper = subprocess.Popen(
-            ["unshare", *namespaces, "sh", "-c", begin, name, str(self.folder / "hosts")], start_new_session=True
+            [*_END_WITH_US, "unshare", *namespaces, "sh", "-c", begin, name, str(self.folder / "hosts")],
+            start_new_session=True,
         )
         children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children")
         wait_until(lambda: children.read_text().split(), 10, f"{name} does not start")
@@ -152,17 +155,20 @@ class Hosts:
         return keeper, pid
 
     def _connect(self) -> None:
-        """One bridge, in the namespace of the first host; the machine itself has no leg on it."""
+        """Two networks, the one of the hosts' names and a second. The machine itself has no leg on them."""
         first = self.names[0]
-        self._ip(first, "link", "add", "bridge", "type", "bridge")
-        self._ip(first, "link", "set", "bridge", "up")
-        for number, name in enumerate(self.names):
-            self._ip(name, "link", "add", "eth0", "type", "veth", "peer", "name", f"end{number}")
-            if name != first:
-                self._ip(name, "link", "set", f"end{number}", "netns", str(self._keepers[first][1]))
-            self._ip(first, "link", "set", f"end{number}", "master", "bridge", "up")
-            self._ip(name, "address", "add", f"{self.address(name)}/24", "dev", "eth0")
-            self._ip(name, "link", "set", "eth0", "up")
+        for interface, subnet in (("eth0", _SUBNET), ("eth1", _SECOND_SUBNET)):
+            bridge = f"bridge-{interface}"  # in the namespace of the first host
+            self._ip(first, "link", "add", bridge, "type", "bridge")
+            self._ip(first, "link", "set", bridge, "up")
+            for number, name in enumerate(self.names):
+                end = f"{interface}-end{number}"
+                self._ip(name, "link", "add", interface, "type", "veth", "peer", "name", end)
+                if name != first:
+                    self._ip(name, "link", "set", end, "netns", str(self._keepers[first][1]))
+                self._ip(first, "link", "set", end, "master", bridge, "up")
+                self._ip(name, "address", "add", f"{subnet}.{_FIRST + number}/24", "dev", interface)
+                self._ip(name, "link", "set", interface, "up")
 
     def _ip(self, name: str, *words: str) -> None:
         """In the host's network alone: pids are those of this machine."""
@@ -228,7 +234,7 @@ class Slurm:
             for node in nodes:
                 self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(folder / "slurm.conf"))
             idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
-            wait_until(lambda: len(self._try(*idle).split()) == len(nodes), _START_SECONDS, self._why)
+            wait_until(lambda: set(self._try(*idle).split()) == set(nodes), _START_SECONDS, self._why)
         except BaseException:
             self.close()
             raise
@@ -353,7 +359,8 @@ class Slurm:
             "MessageTimeout": 10, "InactiveLimit": 0, "KillWait": 10, "CompleteWait": 0,
             # A step that was cut off tries for a minute to tell of its end; else its node would be drained.
             "UnkillableStepTimeout": 120,
-            "MinJobAge": 3600, "JobRequeue": 1, "UsePAM": 0,
+            "MinJobAge": 3600, "JobRequeue": 1, "UsePAM": 0, "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
         }  # fmt: skip
         if self.has_accounting:
             lines |= {
@@ -368,7 +375,8 @@ class Slurm:
                 f"NodeName={node} NodeHostname={node} NodeAddr={address(node)} Port=17818 CPUs={_CPUS} "
                 f"RealMemory={memory} State=UNKNOWN\n"
             )
-        return text + f"PartitionName=debug Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP\n"
+        text += f"PartitionName=debug Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP GraceTime=60\n"
+        return text + f"PartitionName=urgent Nodes={','.join(self.nodes)} MaxTime=INFINITE State=UP PriorityTier=9\n"
 
 
 @contextlib.contextmanager

@@ -86,6 +86,18 @@ def test_a_host_that_does_not_come_is_named(cluster, store, tmp_path):
 
 
 @pytest.mark.cluster
+def test_ranks_take_the_interface_that_they_are_given(cluster, store, tmp_path):
+    """Host names lead to eth0; what ranks send each other goes over eth1, which no name leads to."""
+    run_dir = tmp_path / "run"
+    command = train_command(run_dir, store, *FOUR, "launch.interface=eth1", "launch.wait=true")
+    done = cluster.user(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr + log(run_dir)
+    assert "host nodea: 10.213.8.9 on eth1" in log(run_dir)
+    assert "host nodeb: 10.213.8.10 on eth1" in log(run_dir)
+    assert len(losses(run_dir)) == 10
+
+
+@pytest.mark.cluster
 def test_hosts_that_share_no_run_directory_train_and_resume_as_one_machine(cluster, store, straight, apart, tmp_path):
     """A rank is killed; then the first host loses its disk, and goes on from the other one's copy."""
     run_dir, disks = apart

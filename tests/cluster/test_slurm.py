@@ -7,7 +7,7 @@ import pytest
 
 from megalite.guard.run_state import read_state
 from tests.cluster.lab import wait_until
-from tests.cluster.runs import FOUR, await_log, files, log, losses, train_command
+from tests.cluster.runs import FOUR, STEPS, await_log, files, log, losses, start, train_command
 
 
 @pytest.mark.cluster
@@ -52,6 +52,35 @@ def test_a_job_whose_lives_are_too_short_to_save_ends_with_a_word(cluster, store
     done = cluster.user(*train_command(run_dir, store, *FOUR, *limits, steps=1_000_000), cwd=tmp_path)
     assert done.returncode == 5, log(run_dir)
     assert "the time limit came before a step was saved" in log(run_dir)
+
+
+@pytest.mark.cluster
+def test_a_job_that_makes_room_for_another_goes_on_when_that_is_through(cluster, store, tmp_path):
+    run_dir = tmp_path / "run"
+    job = start(cluster, store, run_dir, "launch.slurm.exclusive=true")
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log", "--wrap=sleep 5")
+    cluster.ask("sbatch", *words)
+    await_log(run_dir, "back into the queue", 60)
+    assert cluster.wait_for(job, 300) == "COMPLETED", log(run_dir)
+    assert f"job {job}, start 2: step " in log(run_dir)
+    straight = tmp_path / "straight"
+    subprocess.run(
+        train_command(straight, store, "launch.nproc_per_node=4", steps=STEPS), check=True, capture_output=True
+    )
+    assert losses(run_dir) == losses(straight)
+
+
+@pytest.mark.cluster
+def test_the_drivers_own_sigterm_saves(cluster, store, tmp_path):
+    """`scancel --batch --signal=TERM`: a person wants the job to end, and what it has learned."""
+    run_dir = tmp_path / "run"
+    job = start(cluster, store, run_dir)
+    cluster.ask("scancel", "--batch", "--signal=TERM", job)
+    cluster.wait_for(job, 60)
+    state = read_state(run_dir)
+    assert state is not None
+    assert (state.state, state.exit_code) == ("preempted", 75), log(run_dir)[-3000:]
+    assert f"step_{state.step:08d}" in {path.name for path in run_dir.glob("checkpoints/*")}
 
 
 @pytest.mark.cluster

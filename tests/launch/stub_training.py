@@ -35,6 +35,9 @@ rows = metrics.read_text().splitlines() if metrics.exists() else []
 state = {"state": "running", "started": time.time(), "changed": 0, "world_size": 1, "host": "h", "pid": os.getpid()}
 with open(run_dir / "lives.txt", "a") as lives:
     lives.write(f"{len(rows)} {os.environ.get('CUDA_VISIBLE_DEVICES')} {sorted(os.sched_getaffinity(0))} {lr!r}\n")
+given = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ.get("OMP_NUM_THREADS")}
+given |= {"port": value("port"), "group": value("group")}
+(run_dir / "given.json").write_text(json.dumps(given))
 
 
 def end(name, code, **more):
@@ -45,8 +48,8 @@ def end(name, code, **more):
 
 (run_dir / "state.json").write_text(json.dumps(state))
 if float(value("weight_decay")) > 1 and not (run_dir / ".." / ".." / "mended").exists():
-    print("DataError: a planted one")
-    end("failed", 3, error="DataError: a planted one")
+    print("MegaliteError: a planted one")
+    end("failed", 1, error="MegaliteError: a planted one")
 while len(rows) < steps:
     if asked:
         end("preempted", 75)

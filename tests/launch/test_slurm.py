@@ -4,6 +4,7 @@ import dataclasses
 import os
 import secrets
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from megalite.errors import ConfigError, DataError, ResourceError
 from megalite.launch.cli import main
 from megalite.launch.launchers import LAUNCHERS
 from megalite.launch.prepare import Training, prepare, world_of
+from megalite.launch.slurm import job as slurm_job
 from megalite.launch.slurm.job import srun_command
-from megalite.launch.slurm.submit import command, script_of, start_slurm
+from megalite.launch.slurm.submit import command, job_record, own_job, script_of, start_slurm
 from tests.runs import VOCAB, write_store
 
 CONF = Path(__file__).parents[2] / "conf/launch"
@@ -65,8 +67,17 @@ def test_a_script_asks_for_what_the_configuration_says():
         "--signal=B:USR1@120", "--reservation=night",
     ]  # fmt: skip
     lines = script.splitlines()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     order = [lines.index(line) for line in ("module load cuda/13", "source env/bin/activate", "export NCCL_DEBUG=INFO")]
     assert order == sorted(order)
+
+
+def test_what_a_job_is_not_asked_for_it_does_not_get():
+    asked = options(script_of(training("launch=slurm", "launch.nproc_per_node=1", "launch.slurm.requeue=false")))
+    assert "--no-requeue" in asked
+    assert "--requeue" not in asked
+    quiet = options(script_of(training("launch=slurm", "launch.nproc_per_node=1", "launch.slurm.signal_seconds=0")))
+    assert not [option for option in quiet if option.startswith("--signal")]
 
 
 def test_one_task_a_rank_in_a_container():
@@ -77,7 +88,12 @@ def test_one_task_a_rank_in_a_container():
     assert "--ntasks-per-node=4" in options(script_of(found))
     words = srun_command(found.config)
     assert words[-3:] == ["python", "-m", "megalite.train"], "the container's own Python"
-    asked = {"--ntasks=4", "--cpus-per-task=2", "--container-image=lab/megalite:1"}
+    asked = {
+        "--ntasks=4",
+        "--cpus-per-task=2",
+        "--container-image=lab/megalite:1",
+        f"--container-workdir={os.getcwd()}",
+    }
     assert asked | {"--container-mounts=/data:/data,/scratch:/scratch"} <= set(words)
 
 
@@ -178,6 +194,54 @@ def test_a_store_that_another_job_is_to_make_is_looked_at_when_that_has_ended(tm
         prepare(compose_train(keys))
     write_store(store)
     assert prepare(config).config.model.vocab_size == VOCAB, "it is there: whatever is wrong is said at once"
+
+
+RECORD = "JobId=7 JobName=run JobState={} Restarts={} ExitCode=0:0 PreemptTime={}"
+
+
+def fake_scontrol(folder, monkeypatch, *records):
+    """What it shows stands in a file; what else it is asked for in another."""
+    (folder / "shown").write_text("\n".join(records) + "\n")
+    script = f'#!/bin/sh\n[ "$2" = show ] && exec cat {folder}/shown\necho "$@" >> {folder}/asked\n'
+    (folder / "scontrol").write_text(script)
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("state", "restarts", "is_asked"), [("RUNNING", 1, True), ("RUNNING", 2, False), ("PENDING", 2, False)]
+)
+def test_a_driver_requeues_its_own_life_of_the_job_alone(state, restarts, is_asked, tmp_path, monkeypatch):
+    """One whose host was cut off may hear late that Slurm has the job at work elsewhere."""
+    fake_scontrol(tmp_path, monkeypatch, RECORD.format(state, restarts, "None"))
+    slurm_job._requeue("7", 1)
+    assert (tmp_path / "asked").exists() == is_asked
+    assert not is_asked or (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("time", "by_slurm"), [("None", False), ("2026-11-30T20:00:00", True)])
+def test_a_job_that_makes_room_for_another_is_stopped_by_slurm(time, by_slurm, tmp_path, monkeypatch):
+    fake_scontrol(tmp_path, monkeypatch, RECORD.format("RUNNING", 0, time))
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    stop = slurm_job._Stop("7")
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.received, stop.by_slurm) == ([signal.SIGTERM], False)
+        assert stop.is_slurms() == by_slurm
+    finally:
+        for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_of_an_array_the_record_of_the_job_itself_is_read(tmp_path, monkeypatch):
+    others = RECORD.replace("JobId=7", "JobId=5").format("COMPLETED", 3, "None")
+    fake_scontrol(tmp_path, monkeypatch, others, RECORD.format("RUNNING", 1, "None"))
+    assert job_record("7")["Restarts"] == "1"
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert own_job() == "7_2", "by its number all tasks of the array would be meant"
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
+    assert own_job() == "7"
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID"])

@@ -54,19 +54,19 @@ def lives(directory):
 def test_six_trainings_of_which_two_fail_and_the_same_command_again(quick, command, tmp_path, capsys):
     sweep = [*command, "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.1,0.2,2", "sweep.parallel=2"]
     directory = Path("outputs/sweeps/s")
-    assert main([*sweep]) == 3
+    assert main([*sweep]) == 1
     rows = read_table(directory)
     labels = [f"lr={lr},weight_decay={decay}" for lr in ("0.001", "0.01") for decay in ("0.1", "0.2", "2")]
     assert [row["job"] for row in rows] == labels
     assert [row["state"] for row in rows] == ["finished", "finished", "failed"] * 2
-    assert [row["error"] for row in rows] == ["", "", "DataError: a planted one"] * 2
+    assert [row["error"] for row in rows] == ["", "", "MegaliteError: a planted one"] * 2
     assert [(row["step"], row["steps"]) for row in rows] == [("3", "3"), ("3", "3"), ("0", "3")] * 2
     assert [row["best"] for row in rows] == ["best", "", "", "", "", ""]
     assert float(rows[0]["loss"]) == pytest.approx(1 / 3)
     assert [row["loss"] for row in rows[2::3]] == ["", ""]
     said = capsys.readouterr().out
     assert "best: lr=0.001,weight_decay=0.1, loss 0.333333" in said
-    assert "lr=0.01,weight_decay=2: DataError: a planted one" in said
+    assert "lr=0.01,weight_decay=2: MegaliteError: a planted one" in said
     (directory.parent / "mended").touch()
     assert main([*sweep]) == 0
     assert lives(directory) == {label: 2 if label.endswith("=2") else 1 for label in labels}
@@ -260,6 +260,40 @@ def test_gpus_and_cores_are_shared_out(monkeypatch, command, capsys):
     assert "sweep.parallel: found 3, but there are 4 GPUs for trainings of 2 each" in capsys.readouterr().err
 
 
+def test_trainings_side_by_side_have_gpus_threads_and_ports_of_their_own(monkeypatch, command):
+    """What each was given, as the stub found it; the second one has two ranks, and both parts are of that size."""
+    monkeypatch.setattr(sweep_run, "count_gpus", lambda: 4)
+    monkeypatch.setattr(sweep_plan, "count_gpus", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    Path("outputs/sweeps/s").mkdir(parents=True)
+    (Path("outputs/sweeps") / "hold").touch()
+    words = ["launch=torchrun", "launch.port=7000", "launch.nproc_per_node=1,2", "sweep.parallel=2"]
+    words.append("trainer.micro_batch_size=1")
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(main([*command, *words])))
+    process.start()
+    found = Path("outputs/sweeps/s")
+    wait_until(lambda: len(list(found.glob("*/given.json"))) == 2)
+    (Path("outputs/sweeps") / "hold").unlink()
+    process.join()
+    given = {path.parent.name: json.loads(path.read_text()) for path in found.glob("*/given.json")}
+    assert {one["gpus"] for one in given.values()} == {"0,1", "2,3"}
+    assert {one["port"] for one in given.values()} == {"7000", "7002"}
+    assert {one["threads"] for one in given.values()} == {"1"}
+    assert {one["group"] for one in given.values()} == {"s"}, "a group of wandb"
+    assert not [row["command"] for row in read_table(found) if row["command"].count(" launch.nproc_per_node=") != 1]
+
+
+def test_a_finished_training_without_the_metric_is_said(quick, command, capsys):
+    assert main([*command, "seed=1,2"]) == 0
+    capsys.readouterr()
+    assert main([*command, "seed=1,2", f"data.validation={command[2].partition('=')[2]}"]) == 0
+    said = capsys.readouterr().out
+    assert "seed=1, seed=2: trained without eval/words/loss" in said
+
+
 def test_trainings_side_by_side_do_not_take_one_port(tmp_path):
     """Launchers take a free one each; a given one is the first of several."""
     launch = {"name": "deepspeed", "nproc_per_node": 2}
@@ -285,7 +319,7 @@ def test_the_best_is_a_finite_result_of_a_training_at_its_end():
 
 
 def test_the_page_runs_nothing_and_loads_nothing(quick, command):
-    assert main([*command, "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.1,2"]) == 3
+    assert main([*command, "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.1,2"]) == 1
     page = Path("outputs/sweeps/s/sweep.html").read_text()
     assert "default-src 'none'" in page
     assert page.count("<tr") == 5
@@ -293,7 +327,7 @@ def test_the_page_runs_nothing_and_loads_nothing(quick, command):
     assert 'aria-label="loss, the best 2 of 4"' in picture, "two failed before their first step"
     assert [label in picture for label in ("lr=0.001,weight_decay=0.1", "lr=0.01,weight_decay=0.1")] == [True, True]
     assert page.count("<tr class='best'>") == 1
-    assert "DataError: a planted one" in page
+    assert "MegaliteError: a planted one" in page
     assert not re.search(r"<script|src=|https?:", page)
 
 

@@ -15,8 +15,10 @@ import psutil
 import pytest
 
 from megalite.config.sweep import Dimension
+from megalite.errors import DataError
 from megalite.launch.cli import main
 from megalite.launch.sweep import plan as sweep_plan
+from megalite.launch.sweep import run as sweep_run
 from megalite.launch.sweep import search as sweep_search
 from megalite.launch.sweep.plan import read_command
 from megalite.launch.sweep.search import Search
@@ -119,7 +121,7 @@ def test_trials_that_fail_are_told_and_count(command, capsys):
     assert trials() == [(0, "FAIL"), (1, "FAIL")]
     rows = read_table(DIRECTORY)
     assert [(row["state"], row["error"], row["best"]) for row in rows] == [
-        ("failed", "DataError: a planted one", "")
+        ("failed", "MegaliteError: a planted one", "")
     ] * 2
     assert "best: none" in capsys.readouterr().out
 
@@ -133,7 +135,96 @@ def test_values_that_do_not_fit_together_fail_and_count(command, monkeypatch):
     monkeypatch.setattr(sweep_search, "build_job", picky)
     assert main([*command, LR, "sweep.trials=3"]) == 0
     assert trials() == [(0, "COMPLETE"), (1, "FAIL"), (2, "COMPLETE")]
-    assert read_table(DIRECTORY)[1]["error"] == "trial_0001: optimizer.lr: found 0.0, must be above 0"
+    assert read_table(DIRECTORY)[1]["error"] == "optimizer.lr: found 0.0, must be above 0"
+
+
+def test_a_disk_that_is_away_costs_no_trial(command, monkeypatch, capsys):
+    """The one that was about to begin stays, and none of those after it is tried."""
+    real = sweep_search.build_job
+
+    def away(sweep, label, values):
+        if label == "trial_0001":
+            raise DataError(f"{label}: data.train: the disk is away")
+        return real(sweep, label, values)
+
+    monkeypatch.setattr(sweep_search, "build_job", away)
+    assert main([*command, LR, "sweep.trials=3"]) == 3
+    assert "the disk is away; nothing more is started here" in capsys.readouterr().err
+    assert trials() == [(0, "COMPLETE"), (1, "RUNNING")]
+    monkeypatch.setattr(sweep_search, "build_job", real)
+    assert main([*command, LR, "sweep.trials=3"]) == 0
+    assert trials() == [(number, "COMPLETE") for number in range(3)]
+
+
+def test_a_trial_whose_ranks_were_killed_stays(command):
+    """Under Slurm its driver ends with 1; what the run itself left behind tells."""
+    search = Search(read_command([*command[2:], LR, "sweep.trials=2"]))
+    killed, ended = search.next(), search.next()
+    run_by_hand(killed, [1.0], "running")  # and nobody holds its lock
+    assert search.ended(killed, 1) == 1
+    run_by_hand(ended, [1.0], "failed")
+    assert search.ended(ended, 1) == 0
+    assert trials() == [(0, "RUNNING"), (1, "FAIL")]
+
+
+def test_another_metric_is_another_search(command, capsys):
+    """Also where it is the data that name it."""
+    assert main([*command, LR, "sweep.trials=1"]) == 0
+    assert main([*command, LR, "sweep.trials=2", f"data.validation={command[2].partition('=')[2]}"]) == 2
+    assert "holds a search with other metric: loss, and not eval/words/loss" in capsys.readouterr().err
+
+
+def test_no_trial_is_given_up_in_the_warm_up(command, monkeypatch):
+    monkeypatch.setattr(sweep_search, "_PAUSE_SECONDS", 0.0)
+    words = [*command[2:], LR, "sweep.trials=7", "sweep.prune=true", "schedule.warmup_steps=2"]
+    search = Search(read_command(words))
+    for number in range(5):
+        job = search.next()
+        run_by_hand(job, [3.0, 2.0, 1.0 + number], "finished")
+        assert not search.is_hopeless(job)
+        search.ended(job, 0)
+    job = search.next()
+    run_by_hand(job, [9.0])
+    assert not search.is_hopeless(job)
+    run_by_hand(job, [9.0, 9.0, 9.0])
+    assert search.is_hopeless(job)
+
+
+def test_figures_that_were_reported_are_not_reported_again(command, monkeypatch, recwarn):
+    monkeypatch.setattr(sweep_search, "_PAUSE_SECONDS", 0.0)
+    words = read_command([*command[2:], LR, "sweep.trials=1", "sweep.prune=true"])
+    search = Search(words)
+    job = search.next()
+    run_by_hand(job, [3.0, 2.0], "preempted")
+    search.is_hopeless(job)
+    assert search.ended(job, 75) == 75
+    again = Search(words)
+    run_by_hand(again.next(), [3.0, 2.0, 1.0])
+    again.is_hopeless(job)
+    assert not [str(warning.message) for warning in recwarn if "already reported" in str(warning.message)]
+
+
+def test_what_is_given_up_is_stopped(command):
+    """By the loop that runs trainings side by side, and not only by whom it asks."""
+    (DIRECTORY.parent).mkdir(parents=True)
+    (DIRECTORY.parent / "hold").touch()
+    told = []
+
+    class Hopeless(Search):
+        def is_hopeless(self, job):
+            if not told and (job.run_dir / "state.json").exists():
+                told.append(job.label)
+                self._hopeless.add(job.label)
+            return job.label in told
+
+    search = Hopeless(read_command([*command[2:], LR, "sweep.trials=1"]))
+    assert sweep_run.run_side_by_side(search, [sweep_run.Slot(0)], DIRECTORY) == 0
+    assert trials() == [(0, "PRUNED")]
+
+
+def test_values_in_an_order_of_chance_are_refused(command, capsys):
+    assert main([*command, "seed=shuffle(1,2,3)", "sweep.trials=2"]) == 2
+    assert "seed=shuffle(1,2,3): a search chooses among values in any order" in capsys.readouterr().err
 
 
 def test_both_ends_are_checked_before_anything_starts(command, capsys):

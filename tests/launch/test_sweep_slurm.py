@@ -72,7 +72,7 @@ def test_a_sweep_of_six_is_one_array_and_only_what_failed_is_submitted_again(com
     sweep = [*command, "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.1,0.2,2", "sweep.parallel=3"]
     assert main(sweep) == 0
     text = submitted()
-    for option in ("--array=0,1,2,3,4,5%3", "--job-name=s", "--nodes=2", "--time=30", "--requeue"):
+    for option in ("--array=0-5%3", "--job-name=s", "--nodes=2", "--time=30", "--requeue"):
         assert f"#SBATCH {option}\n" in text
     assert f'#SBATCH --output="{tmp_path / DIRECTORY}/logs/slurm_%A_%a.log"\n' in text
     assert "optimizer" not in text, "each task finds its own configuration"
@@ -91,11 +91,11 @@ def test_a_sweep_of_six_is_one_array_and_only_what_failed_is_submitted_again(com
     assert "sweep.dir: job 7 of outputs/sweeps/s is in the queue" in capsys.readouterr().err
     Path("queue").unlink()
     assert main(sweep) == 0
-    assert "#SBATCH --array=2,5%3\n" in submitted()
+    assert "#SBATCH --array=0-1%3\n" in submitted()
     rows = read_table(DIRECTORY)
     assert [row["state"] for row in rows] == ["finished", "finished", "failed"] * 2
     assert rows[5]["error"] == "ResourceError: a planted one"
-    assert run_tasks(monkeypatch, [2, 5], lambda config: finish(config) or 0) == [0, 0]
+    assert run_tasks(monkeypatch, [0, 1], lambda config: finish(config) or 0) == [0, 0]
     os.remove("submitted.sh")
     assert main(sweep) == 0
     assert not Path("submitted.sh").exists(), "nothing is left to submit"
@@ -129,7 +129,7 @@ def test_trainings_that_were_planned_before_their_store_was_there_are_finished(c
 
 def test_a_task_takes_the_configuration_of_its_number(command, monkeypatch):
     assert main([*command, "optimizer.lr=1e-3,1e-2", "seed=1,2"]) == 0
-    assert "#SBATCH --array=0,1,2,3\n" in submitted()
+    assert "#SBATCH --array=0-3\n" in submitted()
     seen = []
     run_tasks(monkeypatch, [3, 1], lambda config: seen.append(config) or 0)
     assert [(config.optimizer.lr, config.seed) for config in seen] == [(0.01, 2), (0.001, 2)]
@@ -187,7 +187,7 @@ def test_the_tasks_of_a_search_are_workers_on_one_study(command, monkeypatch):
     # Of their trainings each is a step of Slurm; the stub in its place knows nothing of that.
     search = [*command, LR, "sweep.trials=3", "sweep.parallel=2", "launch.slurm.requeue=false"]
     assert main(search) == 0
-    assert "#SBATCH --array=0,1\n" in submitted()
+    assert "#SBATCH --array=0-1\n" in submitted()
     assert run_tasks(monkeypatch, [0, 1], None) == [0, 0]
     assert trials() == [(number, "COMPLETE") for number in range(3)]
     assert set(map(tuple, lives().values())) == {(0,)}
@@ -227,7 +227,7 @@ def test_a_worker_whose_time_is_up_goes_back_into_the_queue(command, monkeypatch
 def test_a_dry_run_shows_the_array_and_submits_nothing(command, capsys):
     assert main([*command, "seed=1,2", "launch.dry_run=true"]) == 0
     said = capsys.readouterr().out
-    assert "#SBATCH --array=0,1\n" in said
+    assert "#SBATCH --array=0-1\n" in said
     assert "seed=2  not started\n" in said
     assert not Path("submitted.sh").exists()
     assert not Path("outputs").exists()
