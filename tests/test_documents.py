@@ -35,7 +35,7 @@ def commands(page: str) -> list[str]:
         if match := re.search(
             r"(?:^|\s)(megalite (?!megalite)[a-z][a-z-]*( |$).*|(?:-m|--module) (?:megalite\.\w+) .*)", line
         ):
-            found.append(re.split(r"\s(?:&&|\|)\s", match[1])[0].rstrip("'"))
+            found.append(re.split(r"\s(?:&&|\|\|?)\s", match[1])[0].rstrip("'"))
     return found
 
 

@@ -10,8 +10,8 @@ from megalite.guard.observer import FOLDER
 from megalite.guard.run_state import RunState
 from megalite.guard.stall import Record, name_ranks, parse_record
 
+from ..tail import modified, read_small
 from .log_entries import ERRORS, Entry, OtherLog, clean, other_logs, rank_logs, read_rank, read_stalls
-from .tail import modified, read_small
 
 # What ranks say when they lose another one (gloo, NCCL, sockets); its own end came before.
 _LOST_ANOTHER = re.compile(

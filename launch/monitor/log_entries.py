@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megalite.redaction import redact_text
 
-from .tail import modified, tail_lines
+from ..tail import modified, tail_lines
 
 _DATED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+): (.*)")
 _RANK_LOG = re.compile(r"rank_(\d+)\.log")

@@ -18,9 +18,9 @@ from megalite.guard.run_state import STATE_FILE, RunState, read_state
 
 from ..slurm.queue import Queue, ask_squeue
 from ..slurm.submit import JOB
+from ..tail import modified, read_small, tail_lines, tail_rows
 from .first_error import find_first_error
 from .log_entries import clean
-from .tail import modified, read_small, tail_lines, tail_rows
 
 CONFIG = "config.yaml"
 MARKS = (STATE_FILE, CONFIG, JOB)  # a directory with one of these is a run

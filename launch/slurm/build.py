@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,26 +12,42 @@ from megalite.config.schema_data import DataBuildConfig
 from megalite.config.schema_launch import LaunchConfig
 from megalite.errors import EXIT_OK
 
+from ..tail import modified, tail_lines
 from .script import batch_script
-from .submit import submit, wait_for
+from .submit import JOB, refuse_queued, submit, wait_for
 
 
 def submit_build(config: DataBuildConfig, arguments: Sequence[str]) -> int:
     """Submit the build of `arguments`; returns 0 once it is in the queue, or with `launch.wait` its exit code."""
     folder = Path(f"{config.output}.slurm")
-    launch, after = config.launch, config.launch.slurm.after
+    launch, after, started = config.launch, config.launch.slurm.after, time.time()
     scripts = dict(build_scripts(config, arguments, folder.absolute()))
     if launch.dry_run:
         print("\n".join(f"# {name}\n{text}" for name, text in scripts.items()), end="")
         return EXIT_OK
+    refuse_queued("output", folder, "and the same command then begins where it was")
     folder.mkdir(parents=True, exist_ok=True)
     job = ""
     for name, text in scripts.items():
         (folder / f"{name}.sbatch").write_text(text, encoding="utf-8")
         job = submit(folder / f"{name}.sbatch", after=[job] if job else after)
         print(f"job {job}: {folder / name}.sbatch; it writes to {folder}")
+    (folder / JOB).write_text(job + "\n", encoding="utf-8")
     print(f"to train on it when it is there: launch.slurm.after=[{job}]")
-    return wait_for(job) if launch.wait else EXIT_OK
+    if not launch.wait:
+        return EXIT_OK
+    if code := wait_for(job):
+        _tell_why(folder, started)
+    return code
+
+
+def _tell_why(folder: Path, started: float) -> None:
+    """The last words of the first job that has failed: those after it are only cancelled."""
+    for log in [*sorted(folder.glob("part_*.log")), folder / "build.log"]:
+        lines = tail_lines(log)[0] if (modified(log) or 0.0) >= started else []
+        if errors := [line for line in lines if re.search(r"Error: |error: ", line)]:
+            print(f"{log}: {errors[-1]}", file=sys.stderr)
+            return
 
 
 def build_scripts(config: DataBuildConfig, arguments: Sequence[str], folder: Path) -> list[tuple[str, str]]:

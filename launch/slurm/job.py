@@ -62,7 +62,7 @@ def run_job(config: TrainConfig) -> int:
     if not (step.has_lost_a_host or stop.is_slurms()):
         return code  # a person asked the ranks to stop, and did not ask Slurm to go on
     stands = saved_step(run_dir)
-    if stop.by_slurm and stands <= began:
+    if signal.SIGUSR1 in stop.received and stands <= began:
         raise ResourceError(
             f"the time limit came before a step was saved: the job stood at step {began} when it started and stands "
             f"there still, and so would the next. Raise launch.slurm.time (found {config.launch.slurm.time}); where a "

@@ -143,12 +143,15 @@ def _refuse_a_second(run_dir: Path) -> None:
         raise ResourceError(
             f"run_dir: {run_dir} is in use by another training; wait for it, or choose another run_name"
         )
+    refuse_queued("run_dir", run_dir, "another run_name is another run")
+
+
+def refuse_queued(key: str, folder: Path, advice: str) -> None:
+    """Raise `ResourceError` while the job whose number stands in `folder` is in the queue or at work."""
     try:
-        job = (run_dir / JOB).read_text(encoding="utf-8").strip()
+        job = (folder / JOB).read_text(encoding="utf-8").strip()
         state = job_state(job)[0]
     except (OSError, ResourceError):
         return  # none, or Slurm has forgotten it
     if state not in _FINAL_STATES and job != os.environ.get("SLURM_JOB_ID"):
-        raise ResourceError(
-            f"run_dir: job {job} of {run_dir} is {state}; `scancel {job}` ends it, another run_name is another run"
-        )
+        raise ResourceError(f"{key}: job {job} of {folder} is {state}; `scancel {job}` ends it, {advice}")

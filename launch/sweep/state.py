@@ -14,7 +14,7 @@ from megalite.metrics.jsonl import read_metrics
 from megalite.redaction import redact_text
 
 from ..monitor.first_error import find_first_error
-from ..monitor.tail import tail_lines
+from ..tail import tail_lines
 from .plan import Job
 
 JOBS = "jobs"  # in the sweep's directory: a folder for each training, beside its run directory

@@ -20,7 +20,7 @@ from megalite.config.schema_data import (
 )
 from megalite.config.schema_monitor import JobsConfig, LogsConfig
 from megalite.config.validate import same_source_rules
-from megalite.config.validate_launch import build_launch_rules
+from megalite.config.validate_launch import build_launch_rules, slurm_path_rules
 from megalite.errors import ConfigError
 
 
@@ -129,6 +129,8 @@ def _data_build_rules(config: DataBuildConfig) -> Iterator[str]:
         yield f"validation_fraction: found {config.validation_fraction}, allowed: 0 or more and below 1"
     yield from _at_least("", config, "workers", "shard_tokens", "parts")
     yield from build_launch_rules(config.launch, config.parts)
+    if config.launch.name == "slurm":
+        yield from slurm_path_rules("output", config.output)
     if config.part and not 0 <= config.part[0] < config.part[1]:
         yield f"part: found {list(config.part)}, expected [i,n] with 0 <= i < n"
     if (config.part or config.parts > 1) and config.dedup.lines:

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megalite.guard.run_state import read_state
-from tests.cluster.lab import wait_until
+from tests.cluster.lab import BIN, wait_until
 from tests.cluster.runs import FOUR, STEPS, await_log, files, log, losses, start, train_command
 
 
@@ -52,6 +53,33 @@ def test_a_job_whose_lives_are_too_short_to_save_ends_with_a_word(cluster, store
     done = cluster.user(*train_command(run_dir, store, *FOUR, *limits, steps=1_000_000), cwd=tmp_path)
     assert done.returncode == 5, log(run_dir)
     assert "the time limit came before a step was saved" in log(run_dir)
+
+
+@pytest.mark.cluster
+def test_the_quickstart_learns_on_two_nodes_what_it_learns_on_one(cluster, tmp_path):
+    """The shipped corpus, from its text on, as the Makefile has it; some steps of the recipe, tensor 2 x data 2."""
+    corpus = Path(__file__).parents[2] / "data_tools/sample_corpus/corpus.parquet"
+    columns = ("reader.language_column=language", "reader.split_column=split")
+    commands = (
+        ("tokenizer", "train", f"input={corpus}", "output=outputs/sample/tokenizer", "tokenizer.vocab_size=4096",
+         "tokenizer.character_coverage=0.95", "tokenizer.language_balance=0.5", *columns, "split=train"),
+        ("data", "build", f"input={corpus}", "output=outputs/sample/store", "tokenizer.path=outputs/sample/tokenizer",
+         "reader.source_column=source", *columns),
+    )  # fmt: skip
+    for words in commands:
+        done = cluster.user(str(BIN / "megalite"), *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    keys = ("train", "experiment=quickstart", "parallel=tp2", "trainer.stop_after=6", "trainer.log_every=1")
+    here = ("data.validation=[]", "trainer.micro_batch_size=0")
+    done = cluster.user(
+        str(BIN / "megalite"), *keys, *here, "run_name=nodes", *FOUR, "launch.wait=true", cwd=tmp_path, seconds=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    local = (*keys, *here, "run_name=one", "launch.nproc_per_node=4")
+    subprocess.run([str(BIN / "megalite"), *local], cwd=tmp_path, check=True, capture_output=True)
+    runs = tmp_path / "outputs"
+    assert len(losses(runs / "one")) == 6
+    assert losses(runs / "nodes") == pytest.approx(losses(runs / "one"), abs=1e-6)
 
 
 @pytest.mark.cluster

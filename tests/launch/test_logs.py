@@ -12,7 +12,7 @@ from megalite.guard.run_state import read_state
 from megalite.launch.monitor.first_error import find_first_error
 from megalite.launch.monitor.log_entries import merge, rank_logs, read_rank
 from megalite.launch.monitor.logs import logs
-from megalite.launch.monitor.tail import TAIL_BYTES, tail_lines
+from megalite.launch.tail import TAIL_BYTES, tail_lines
 from tests.launch.run_folders import NOW, stamp, write_heartbeat, write_log, write_run
 
 LOST = "RuntimeError: Read error [127.0.0.1]:6571: Connection reset by peer"

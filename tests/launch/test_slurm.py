@@ -196,16 +196,40 @@ def test_a_store_that_another_job_is_to_make_is_looked_at_when_that_has_ended(tm
     assert prepare(config).config.model.vocab_size == VOCAB, "it is there: whatever is wrong is said at once"
 
 
+def test_a_build_that_is_waited_for_says_which_part_failed_and_why(tmp_path, monkeypatch, capfd):
+    """What comes after it is only cancelled."""
+    log = tmp_path / "out.slurm/part_1.log"
+    submit = f'#!/bin/sh\nmkdir -p {log.parent}; echo "DataError: b.jsonl, line 2: no JSON" > {log}; echo 3\n'
+    (tmp_path / "sbatch").write_text(submit)
+    (tmp_path / "sbatch").chmod(0o755)
+    fake_scontrol(tmp_path, monkeypatch, "JobId=3 JobState=CANCELLED ExitCode=0:0")
+    keys = [f"output={tmp_path}/out", "launch=slurm", "parts=2", "launch.wait=true", "launch.slurm.after=[7]"]
+    assert main(["data", "build", "input=x", "tokenizer.path=y", *keys]) == 1
+    assert f"{log}: DataError: b.jsonl, line 2: no JSON" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["launch.dry_run=true"], "launch.dry_run: found True, which a build has no use for"),
+        (["launch.restarts=5"], "launch.restarts: found 5, which a build has no use for"),
+        (["launch=slurm", "output='a\"b'"], "in a batch script a path holds no quotes"),
+        (["launch=slurm", "launch.slurm.time=14400"], "launch.slurm.time: found 14400, which are minutes: write a day"),
+        (["launch=slurm", "launch.slurm.tasks=rank"], "launch.slurm.tasks: found 'rank', which a build has no use for"),
+    ],
+)
+def test_what_a_build_cannot_be_told_is_said(keys, message, capsys):
+    assert main(["data", "build", "input=x", "output=y", "tokenizer.path=z", *keys]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_build_may_have_a_shorter_limit_than_a_training_has_to_save(tmp_path, capsys):
+    keys = [f"output={tmp_path}/out", "launch=slurm", "launch.slurm.time=1", "launch.slurm.after=[7]"]
+    assert main(["data", "build", "input=x", "tokenizer.path=y", *keys, "launch.dry_run=true"]) == 0
+    assert "--signal" not in capsys.readouterr().out
+
+
 RECORD = "JobId=7 JobName=run JobState={} Restarts={} ExitCode=0:0 PreemptTime={}"
-
-
-def fake_scontrol(folder, monkeypatch, *records):
-    """What it shows stands in a file; what else it is asked for in another."""
-    (folder / "shown").write_text("\n".join(records) + "\n")
-    script = f'#!/bin/sh\n[ "$2" = show ] && exec cat {folder}/shown\necho "$@" >> {folder}/asked\n'
-    (folder / "scontrol").write_text(script)
-    (folder / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.mark.parametrize(
@@ -264,6 +288,15 @@ def test_what_a_command_of_slurm_says_is_the_message(tmp_path, monkeypatch):
         command("scontrol")
 
 
+def fake_scontrol(folder, monkeypatch, *records):
+    """What it shows stands in a file; what else it is asked for in another."""
+    (folder / "shown").write_text("\n".join(records) + "\n")
+    script = f'#!/bin/sh\n[ "$2" = show ] && exec cat {folder}/shown\necho "$@" >> {folder}/asked\n'
+    (folder / "scontrol").write_text(script)
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
 def test_a_build_is_an_array_of_its_parts_and_a_job_that_waits_for_them(tmp_path, monkeypatch, capfd):
     """sbatch and the jobs are made up; that they run to one store is tested with a real Slurm."""
     (tmp_path / "sbatch").write_text('#!/bin/sh\necho "$@" >> "$0.log"; wc -l < "$0.log"\n')
@@ -278,6 +311,9 @@ def test_a_build_is_an_array_of_its_parts_and_a_job_that_waits_for_them(tmp_path
     assert main(["data", "build", *keys[:-1]]) == 3, "it waits for no job that could still make the tokenizer"
     assert "tokenizer" in capfd.readouterr().err
     folder = tmp_path / "out.slurm"
+    fake_scontrol(tmp_path, monkeypatch, "JobId=2 JobState=PENDING ExitCode=0:0")
+    assert main(["data", "build", *keys]) == 5
+    assert f"output: job 2 of {folder} is PENDING; `scancel 2` ends it" in capfd.readouterr().err
     first, second = (tmp_path / "sbatch.log").read_text().splitlines()
     assert first == f"--parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {folder}/parts.sbatch"
     assert second == f"--parsable --dependency=afterok:1 --kill-on-invalid-dep=yes {folder}/build.sbatch"
