@@ -14,7 +14,8 @@ from typing import Any
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE
 
 LOOPBACK = "loopback"  # a rendezvous backend of ours, of a single host
-_OTHERS_SECONDS = 10  # that ranks have to end, once one has failed
+_OTHERS_SECONDS = 10  # that ranks have to end, once one has failed: they wait for it
+_SAVE_SECONDS = 24 * 3600  # that ranks have which are asked to stop: whoever supervises this process knows better
 
 
 def main(arguments: list[str]) -> int:
@@ -70,18 +71,22 @@ def _meet_on_loopback(params: Any) -> Any:
 
 
 def _tell_failures_at_once() -> set[int]:
-    """Have torchrun say which ranks have failed before it ends the others; returns the pids of those, as they fail."""
+    """Have torchrun say which ranks have failed before it ends the others; returns the pids of those, as they fail.
+
+    Without a failure it has got a signal itself, as all processes of a step of Slurm do, and its ranks are to save.
+    """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
     told: set[int] = set()
     close = SubprocessContext.close
 
-    def tell_and_close(self: Any, death_sig: Any = None, timeout: int = _OTHERS_SECONDS) -> None:
-        for failure in getattr(self, "_failures", {}).values():
-            if failure.exitcode != EXIT_REQUEUE and failure.pid not in told:
+    def tell_and_close(self: Any, death_sig: Any = None, timeout: int = 0) -> None:
+        failed = [one for one in getattr(self, "_failures", {}).values() if one.exitcode != EXIT_REQUEUE]
+        for failure in failed:
+            if failure.pid not in told:
                 told.add(failure.pid)
                 _tell(int(self.envs[failure.local_rank]["RANK"]), failure)
-        close(self, death_sig, min(timeout, _OTHERS_SECONDS))
+        close(self, death_sig, _OTHERS_SECONDS if failed else _SAVE_SECONDS)
 
     SubprocessContext.close = tell_and_close  # type: ignore[method-assign]
     return told

@@ -31,8 +31,8 @@ def submit_build(config: DataBuildConfig, arguments: Sequence[str]) -> int:
     for name, text in scripts.items():
         (folder / f"{name}.sbatch").write_text(text, encoding="utf-8")
         job = submit(folder / f"{name}.sbatch", after=[job] if job else after)
+        (folder / JOB).write_text(job + "\n", encoding="utf-8")
         print(f"job {job}: {folder / name}.sbatch; it writes to {folder}")
-    (folder / JOB).write_text(job + "\n", encoding="utf-8")
     print(f"to train on it when it is there: launch.slurm.after=[{job}]")
     if not launch.wait:
         return EXIT_OK
