@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megalite.config.frozen import config_to_send
@@ -42,7 +43,8 @@ def start_slurm(training: Training) -> int:
     except OSError as error:
         raise ResourceError(f"run_dir: nothing can be written in {run_dir}: {error}") from None
     job = submit(run_dir / SCRIPT)
-    (run_dir / JOB).write_text(job + "\n", encoding="utf-8")
+    with suppress(OSError):  # a full disk: the job is in the queue all the same
+        (run_dir / JOB).write_text(job + "\n", encoding="utf-8")
     print(f"job {job}: {run_dir / SCRIPT}; it writes to {log_of(run_dir, job)}")
     return wait_for(job) if config.launch.wait else EXIT_OK
 

@@ -90,8 +90,8 @@ def _environment_rules(launch: LaunchConfig) -> Iterator[str]:
             yield f"{key}: is for the launcher to set"
         elif _SECRET.search(name):
             yield f"{key}: would be written to the run directory; export {name} where you start the run instead"
-        elif not isinstance(value, str | int | float) or "\n" in str(value):
-            yield f"{key}: found {value!r}, expected text or a number, on one line"
+        elif isinstance(value, bool | float) or not isinstance(value, str | int) or "\n" in str(value):
+            yield f"{key}: found {value!r}, expected text on one line or a whole number; quotes make text of anything"
 
 
 def _slurm_rules(slurm: SlurmConfig) -> Iterator[str]:
@@ -116,9 +116,9 @@ def _slurm_rules(slurm: SlurmConfig) -> Iterator[str]:
     if slurm.mounts and not slurm.container:
         yield "launch.slurm.mounts: needs launch.slurm.container"
     if slurm.time is not None:
-        limit = time_limit(slurm.time)
+        limit = 0 if slurm.time == "UNLIMITED" else time_limit(slurm.time)
         if limit is None:
-            yield f"launch.slurm.time: found {slurm.time!r}, expected minutes, HH:MM:SS or D-HH:MM:SS"
+            yield f"launch.slurm.time: found {slurm.time!r}, expected minutes, HH:MM:SS, D-HH:MM:SS or UNLIMITED"
         elif slurm.time.isdecimal() and int(slurm.time) >= _MOST_MINUTES:
             yield (
                 f"launch.slurm.time: found {slurm.time}, which are minutes: write a day or more as D-HH:MM:SS; in YAML "

@@ -72,6 +72,10 @@ def test_a_script_asks_for_what_the_configuration_says():
     assert order == sorted(order)
 
 
+def test_no_time_limit_is_one_too():
+    assert "--time=UNLIMITED" in options(script_of(training("launch=slurm", "launch.slurm.time=UNLIMITED")))
+
+
 def test_what_a_job_is_not_asked_for_it_does_not_get():
     asked = options(script_of(training("launch=slurm", "launch.nproc_per_node=1", "launch.slurm.requeue=false")))
     assert "--no-requeue" in asked
@@ -157,6 +161,11 @@ def test_a_damaged_configuration_in_the_environment_is_named(text):
         ("launch.grace=0", "launch.grace: found 0.0, must be above 0 seconds"),
         ("launch.environment={WANDB_API_KEY:x}", "launch.environment.WANDB_API_KEY: would be written to the run dir"),
         ("launch.environment={a-b:x}", "'a-b' is no name of a variable"),
+        (
+            "launch.environment={A:true}",
+            "launch.environment.A: found True, expected text on one line",
+        ),
+        ("launch.environment={A:1.10}", "launch.environment.A: found 1.1, expected text"),
         ("launch=slurm launch.slurm.time=soon", "launch.slurm.time: found 'soon', expected minutes"),
         ("launch=slurm launch.slurm.time=2", "launch.slurm.signal_seconds: found 120, but launch.slurm.time=2 ends"),
         ("launch=slurm launch.slurm.after=[abc]", "launch.slurm.after: found 'abc', expected the number of a job"),
