@@ -20,6 +20,7 @@ from megalite.launch.cli import main
 from megalite.launch.sweep import plan as sweep_plan
 from megalite.launch.sweep import run as sweep_run
 from megalite.launch.sweep import search as sweep_search
+from megalite.launch.sweep import study as sweep_study
 from megalite.launch.sweep.plan import read_command
 from megalite.launch.sweep.search import Search
 from megalite.metrics.jsonl import read_metrics
@@ -383,8 +384,8 @@ def test_values_of_a_dimension(dimension, allowed):
     drawn = []
     for _ in range(60):
         trial = study.ask()
-        text = sweep_search._suggest(trial, dimension)
-        assert sweep_search._suggest(trial, dimension) == text
+        text = sweep_study.suggest(trial, dimension)
+        assert sweep_study.suggest(trial, dimension) == text
         if allowed is None:
             assert float(text) == trial.params["k"], "no digit is lost"
             assert dimension.ends[0] <= float(text) <= dimension.ends[1]
