@@ -34,7 +34,7 @@ def _sizes(config: TrainConfig) -> list[str]:
     from megalite.models import count_parameters
 
     if config.model.vocab_size is None:
-        return ["model      its vocabulary is that of data.train, which is not there yet"]
+        return ["model      its vocabulary is that of data.train once the jobs of launch.slurm.after have ended"]
     parameters = count_parameters(config.model)
     return [
         f"model      {parameters:,} parameters, {parameters // config.parallel.tensor:,} a tensor rank at the least",

@@ -53,9 +53,10 @@ def prepare(config: TrainConfig, change: Callable[[TrainConfig], TrainConfig] = 
         jobs = ", ".join(config.launch.slurm.after)
         log.info("data: %s: not there yet; looked at when job %s has ended well", ", ".join(awaited), jobs)
         return Training(config, world_size, device)
-    config = preflight(config, is_alone)
-    validate_train(config, world_size, device)  # again, now that model.vocab_size is known
-    return Training(config, world_size, device)
+    found = preflight(config, is_alone)
+    validate_train(found, world_size, device)  # again, now that model.vocab_size is known
+    # A job that this one waits for may put other stores in their place: then ranks see what there is.
+    return Training(config if config.launch.slurm.after else found, world_size, device)
 
 
 def _is_awaited(store: StoreConfig, config: TrainConfig) -> bool:

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import config_from_args, parse_args
 
     rendezvous_handler_registry.register(LOOPBACK, _meet_on_loopback)
-    told = _tell_failures_at_once()
+    told, ends = _tell_failures_at_once()
     config, command, words = config_from_args(parse_args(arguments))
     try:
         elastic_launch(config, command)(*words)
@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
                     _tell(rank, failure)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     except SignalException as error:
-        return 128 + error.sigval
+        saved = EXIT_REQUEUE in ends and ends <= {EXIT_OK, EXIT_REQUEUE}
+        return EXIT_REQUEUE if saved else 128 + error.sigval
     except Exception as error:  # of the meeting of torchruns: a traceback of it helps nobody
         print(f"torchrun: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILURE
@@ -70,14 +71,17 @@ def _meet_on_loopback(params: Any) -> Any:
     return Handler(address, port, 0, 1, params.run_id, patience)
 
 
-def _tell_failures_at_once() -> set[int]:
-    """Have torchrun say which ranks have failed before it ends the others; returns the pids of those, as they fail.
+def _tell_failures_at_once() -> tuple[set[int], set[int]]:
+    """Have torchrun say which ranks have failed before it ends the others.
+
+    Returns, to be filled as it comes, the pids of those that were told of, and the exit codes of all when it ends.
 
     Without a failure it has got a signal itself, as all processes of a step of Slurm do, and its ranks are to save.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
     told: set[int] = set()
+    ends: set[int] = set()
     close = SubprocessContext.close
 
     def tell_and_close(self: Any, death_sig: Any = None, timeout: int = 0) -> None:
@@ -87,9 +91,10 @@ def _tell_failures_at_once() -> set[int]:
                 told.add(failure.pid)
                 _tell(int(self.envs[failure.local_rank]["RANK"]), failure)
         close(self, death_sig, _OTHERS_SECONDS if failed else _SAVE_SECONDS)
+        ends.update(one.proc.returncode for one in getattr(self, "subprocess_handlers", {}).values())
 
     SubprocessContext.close = tell_and_close  # type: ignore[method-assign]
-    return told
+    return told, ends
 
 
 def _tell(rank: int, failure: Any) -> None:

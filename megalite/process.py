@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megalite.config.place import Place, count_cores
 from megalite.errors import ResourceError
-from megalite.network import interface_of, own_address
+from megalite.network import interface_of, is_loopback, own_address
 from megalite.rendezvous import meet_ranks
 
 _SHOWN_COLLECTIVES = 16
@@ -63,8 +63,8 @@ def start_process_group(
         # Left alone, gloo listens on whatever address the host's own name has: on Debian that is the loopback.
         name = interface or interface_of(own_address(str(place.address)))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    if interface:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if interface or is_loopback(str(place.address)):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface or "lo")
     store: dist.Store | None = None  # forked ranks meet in a file, and who forked them sees one that dies
     if place.init_method is None:
         store = dist.HashStore()

@@ -70,7 +70,7 @@ def _tell_of_unused_keys(launch: LaunchConfig, place: Place) -> None:
             place.local_world_size,
         )
     defaults = LaunchConfig()
-    own = ("name", "dry_run", "nproc_per_node", "interface", "start_timeout")
+    own = ("name", "dry_run", "nproc_per_node", "nodes", "interface", "start_timeout")
     keys = [field.name for field in dataclasses.fields(launch) if field.name not in own]
     if unused := [f"launch.{key}" for key in keys if getattr(launch, key) != getattr(defaults, key)]:
         log.warning("%s: no effect here, for the ranks were started by another launcher", ", ".join(unused))

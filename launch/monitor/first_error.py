@@ -21,7 +21,8 @@ _RANKS_START = re.compile(r"job \S+, start \d+: step.*|ranks died \(exit code \d
 _OF_SLURM = ("srun: ", "slurmstepd: ")  # said of whatever ended a task
 _OURS = re.compile(r"(Config|Data|Checkpoint|Resource)Error: .*")  # a driver's own word
 _UNDATED_ERROR = re.compile(
-    r"(rank \d+: )?\w*(Error|Exception)(: .*)?|rank \d+ was ended by .*|slurmstepd: error: .*|srun: error: .*"
+    r"(rank \d+: )?\w*(Error|Exception)(: .*)?|rank \d+( \(pid \d+\))? (was ended by|ended with exit code) .*|"
+    r"slurmstepd: error: .*|srun: error: .*"
 )
 _BEFORE, _AFTER = 4, 2  # entries of the same rank around an error
 
@@ -52,15 +53,17 @@ class _Silent:
     time: float
 
 
-def find_first_error(run_dir: Path, state: RunState | None, ranks: Collection[int] = ()) -> FirstError | None:
+def find_first_error(
+    run_dir: Path, state: RunState | None, ranks: Collection[int] = (), since: float = 0.0
+) -> FirstError | None:
     """The earliest error since the last start of the run, of `ranks` or of all; None when there is none.
 
     Looks at the ends of rank logs, at what the watchdog wrote, at ranks that fell silent, and at Slurm's log. Ranks'
-    clocks are taken to agree.
+    clocks are taken to agree. `since`: when its job was submitted, for a run that has no record yet.
     """
     if state and state.state in ("finished", "stopped"):
         return None
-    started = state.started if state else 0.0
+    started = state.started if state else since
     logs = {rank: path for rank, path in rank_logs(run_dir / "logs").items() if not ranks or rank in ranks}
     first: tuple[Entry, list[Entry]] | None = None
     for rank, path in logs.items():

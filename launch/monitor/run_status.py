@@ -219,7 +219,7 @@ def _word_without_record(run_dir: Path, step: int | None, steps: int | None) -> 
 def _error(run_dir: Path, state: RunState | None, word: str, job: str) -> str:
     if word not in ("failed", "died", "preempted") and not (word == "new" and job):
         return ""
-    first = find_first_error(run_dir, state)
+    first = find_first_error(run_dir, state, since=modified(run_dir / JOB) or 0.0)
     return first.headline if first else ""
 
 

@@ -59,10 +59,11 @@ def run_job(config: TrainConfig) -> int:
     code = run_lives(step.run, config, is_hopeless=lambda: step.has_lost_a_host or bool(stop.received))
     if code == EXIT_OK or not config.launch.slurm.requeue:
         return code
-    if not (step.has_lost_a_host or stop.is_slurms()):
+    is_preempted = stop.is_preempted()
+    if not (step.has_lost_a_host or is_preempted or stop.by_slurm):
         return code  # a person asked the ranks to stop, and did not ask Slurm to go on
     stands = saved_step(run_dir)
-    if signal.SIGUSR1 in stop.received and stands <= began:
+    if stop.by_slurm and not is_preempted and stands <= began:
         raise ResourceError(
             f"the time limit came before a step was saved: the job stood at step {began} when it started and stands "
             f"there still, and so would the next. Raise launch.slurm.time (found {config.launch.slurm.time}); where a "
@@ -96,11 +97,14 @@ def _requeue(job: str, restarts: int) -> None:
 def _refuse_starts_in_vain(run_dir: Path, job: str, restarts: int, began: int) -> None:
     """A job that comes back from the queue again and again, and stands where it stood, is ended with a word."""
     path = run_dir / "logs" / f"starts_{job}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     starts = read_json(path, []) if restarts else []
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*starts, began]))
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps([*starts, began]))
+        temporary.replace(path)
+    except OSError as error:
+        raise ResourceError(f"run_dir: nothing can be written in {run_dir}: {error}") from None
     if len(starts) >= _STARTS_IN_VAIN and set(starts[-_STARTS_IN_VAIN:]) == {began}:
         raise ResourceError(f"{_STARTS_IN_VAIN} starts of job {job} have brought no step: all began at {began}")
 
@@ -117,7 +121,7 @@ def _tell_of_few_cores(config: TrainConfig, host: str) -> None:
 
 
 class _Stop:
-    """Who asked this job to stop: Slurm, before its time limit (SIGUSR1) or for another job; or a person (SIGTERM)."""
+    """Who asked this job to stop: Slurm, before its time limit, by SIGUSR1; a person, by SIGTERM."""
 
     def __init__(self, job: str) -> None:
         self.by_slurm = False
@@ -130,11 +134,11 @@ class _Stop:
         self.by_slurm |= number == signal.SIGUSR1
         self.received.append(number)
 
-    def is_slurms(self) -> bool:
-        """Whether it was Slurm. Of a job that has to make room, the ranks alone are told, and by SIGTERM."""
+    def is_preempted(self) -> bool:
+        """Whether the job has to make room for another: then the ranks are told by SIGTERM, and the job perhaps not."""
         with suppress(ResourceError, ConfigError):
-            self.by_slurm |= job_record(self._job).get("PreemptTime", "None") not in ("None", "Unknown")
-        return self.by_slurm
+            return job_record(self._job).get("PreemptTime", "None") not in ("None", "Unknown")
+        return False
 
 
 class _Step:
@@ -169,7 +173,8 @@ class _Step:
                 _end(child)
         state = read_life_since(before, self._run_dir)
         if child.returncode and state is None:
-            self.has_lost_a_host = child.returncode not in FINAL  # no rank began: a node does not answer, or is unfit
+            # No rank began: a node does not answer, or is unfit; or it was told to stop before it could listen.
+            self.has_lost_a_host = child.returncode not in FINAL and not self._stop.received
         return _code(child.returncode, state, bool(self._stop.received))
 
 

@@ -149,11 +149,16 @@ def _refuse_a_second(run_dir: Path) -> None:
 
 
 def refuse_queued(key: str, folder: Path, advice: str) -> None:
-    """Raise `ResourceError` while the job whose number stands in `folder` is in the queue or at work."""
+    """Raise `ResourceError` while a job whose number stands in `folder` is in the queue or at work."""
     try:
-        job = (folder / JOB).read_text(encoding="utf-8").strip()
-        state = job_state(job)[0]
-    except (OSError, ResourceError):
-        return  # none, or Slurm has forgotten it
-    if state not in _FINAL_STATES and job != os.environ.get("SLURM_JOB_ID"):
-        raise ResourceError(f"{key}: job {job} of {folder} is {state}; `scancel {job}` ends it, {advice}")
+        jobs = (folder / JOB).read_text(encoding="utf-8").split()
+    except OSError:
+        return
+    for job in jobs:
+        try:
+            state = job_state(job)[0]
+        except ResourceError:
+            continue  # Slurm has forgotten it
+        if state not in _FINAL_STATES and job != os.environ.get("SLURM_JOB_ID"):
+            ends = f"`scancel {' '.join(jobs)}`"
+            raise ResourceError(f"{key}: job {job} of {folder} is {state}; {ends} ends it, {advice}")

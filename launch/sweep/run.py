@@ -14,7 +14,7 @@ from typing import Protocol
 from megalite.config.frozen import FROZEN, config_to_send
 from megalite.config.place import count_gpus
 from megalite.config.schema import TrainConfig
-from megalite.errors import EXIT_OK, EXIT_REQUEUE
+from megalite.errors import EXIT_OK, EXIT_REQUEUE, EXIT_RESOURCE
 from megalite.guard.signals import SIGNALS
 from megalite.log import get_logger
 
@@ -118,7 +118,7 @@ def _settle(child: _Child, directory: Path, was_asked: bool) -> int:
     """Note how a process ended; returns its exit code, as a shell would (128 + the number of a signal)."""
     job, number = child.job, child.process.returncode
     code = number if number >= 0 else 128 - number
-    if was_asked and code != EXIT_OK:
+    if was_asked and code not in (EXIT_OK, EXIT_RESOURCE):
         code = EXIT_REQUEUE  # before its first step, or at once for a second signal: it goes on where it stood
     outcome = outcome_of(job.run_dir / LOG, child.started, code, job.run_dir)
     save_outcome(directory, job.label, outcome)

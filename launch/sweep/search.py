@@ -84,6 +84,7 @@ class Search:
         self._seen: dict[str, tuple[float, int]] = {}  # label -> when its figures were read, and the last step of them
         self._looked = -math.inf
         self.is_empty = False
+        self.in_vain = ""  # what a training said whose life was too short to save a step
         self.problem = EXIT_OK  # the exit code of what kept this worker from starting trials
 
     def next(self) -> Job | None:
@@ -164,6 +165,9 @@ class Search:
             lock.close()
         if not is_told:
             self._left.add(trial.number)
+            outcome = read_outcome(self._sweep.directory, job.label)
+            if outcome and outcome.code == EXIT_RESOURCE:
+                self.in_vain = outcome.error
         return EXIT_OK if is_told else code
 
     def _tell(self, trial: Any, job: Job, code: int) -> bool:
@@ -214,10 +218,13 @@ class Search:
         label = label_of_trial(number)
         if label in self._mine:
             return None
+        folder = self._sweep.directory / JOBS / label
         try:
-            return RunLock(self._sweep.directory / JOBS / label, key="sweep.dir", work="worker")
+            return RunLock(folder, key="sweep.dir", work="worker")
         except ResourceError:
-            return None
+            if is_locked(folder):
+                return None
+            raise  # a disk: nobody holds it
 
 
 def _was_the_machine(job: Job, code: int) -> bool:

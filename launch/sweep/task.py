@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megalite.config.frozen import read_config
-from megalite.errors import ConfigError, MegaliteError, ResourceError
+from megalite.errors import EXIT_RESOURCE, ConfigError, MegaliteError, ResourceError
 from megalite.log import setup_logging
 
 from ..slurm.job import run_job
@@ -32,6 +32,9 @@ def main(arguments: list[str]) -> int:
         if not array["labels"]:
             return _work(read_command(array["arguments"]))
         return _train(directory, array["labels"][int(os.environ["SLURM_ARRAY_TASK_ID"])])
+    except OSError as error:
+        print(f"ResourceError: sweep.dir: {arguments[0]} cannot be read or written: {error}", file=sys.stderr)
+        return EXIT_RESOURCE
     except MegaliteError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -55,6 +58,9 @@ def _work(sweep: Sweep) -> int:
     received: list[int] = []
     search = Search(sweep)
     code = run_side_by_side(search, [Slot(0)], sweep.directory, received) or search.problem
+    if search.in_vain:
+        print(f"ResourceError: {search.in_vain}", file=sys.stderr)
+        return EXIT_RESOURCE  # another life of this task would end as this one did
     if signal.SIGUSR1 in received and search.requeues:
         with suppress(ResourceError):  # the training has seen to it already
             command("scontrol", "requeue", own_job())

@@ -245,7 +245,7 @@ def test_what_slurm_does_not_have_any_more_has_ended(tmp_path, no_slurm):
     (tmp_path / "failed/logs").mkdir()
     (tmp_path / "failed/logs/slurm_11.log").write_text("line 4: env/bin/activate: No such file or directory\n")
     killed = write_run(tmp_path / "killed", "running", job="13")
-    write_heartbeat(killed, 0, before=5.0)
+    write_heartbeat(killed, 0, before=5.0, now=time.time())
     unasked = {name: run.state for name, run in found_in(tmp_path).items()}
     assert unasked == {"failed": "new", "silent": "new", "killed": "running?"}, "without Slurm nobody knows"
     fake_squeue(no_slurm, "")

@@ -121,6 +121,7 @@ TOO_SHORT = "ResourceError: the time limit came before a step was saved"
         ("failed", [OF_SLURM, MISSING], f"slurm_7.log: {MISSING}"),
         ("died", ["rank 3 (pid 4) was ended by SIGKILL at 10:00:00", OF_SLURM], "rank 0: killed"),
         ("died", [OF_SLURM, TOO_SHORT], f"slurm_7.log: {TOO_SHORT}"),
+        ("failed", [OF_SLURM, "rank 3 (pid 4) ended with exit code 1 at 10:00:00"], "slurm_7.log: rank 3 (pid 4) "),
         ("preempted", [OF_SLURM], None),
         ("preempted", [TOO_SHORT], f"slurm_7.log: {TOO_SHORT}"),
         ("finished", [OF_SLURM], None),

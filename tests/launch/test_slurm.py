@@ -198,17 +198,23 @@ def test_a_store_that_another_job_is_to_make_is_looked_at_when_that_has_ended(tm
         assert prepare(config).config.model.vocab_size is None
     assert f"data: {store}: not there yet; looked at when job 7 has ended well" in caplog.text
     assert main(["train", *keys, "launch.slurm.after=[7]", "launch.dry_run=true"]) == 0
-    assert "vocabulary is that of data.train, which is not there yet" in capfd.readouterr().out
+    assert "vocabulary is that of data.train once the jobs of launch.slurm.after have ended" in capfd.readouterr().out
     with pytest.raises(DataError, match=f"data.train: {store} is not a token store"):
         prepare(compose_train(keys))
     write_store(store)
-    assert prepare(config).config.model.vocab_size == VOCAB, "it is there: whatever is wrong is said at once"
+    assert prepare(compose_train(keys)).config.model.vocab_size == VOCAB
+    assert prepare(config).config.model.vocab_size is None, "job 7 may put another in its place"
+    with pytest.raises(ConfigError, match=r"model.vocab_size: found 5"):
+        prepare(compose_train([*keys, "launch.slurm.after=[7]", "model.vocab_size=5"]))
 
 
 def test_a_build_that_is_waited_for_says_which_part_failed_and_why(tmp_path, monkeypatch, capfd):
     """What comes after it is only cancelled."""
     log = tmp_path / "out.slurm/part_1.log"
-    submit = f'#!/bin/sh\nmkdir -p {log.parent}; echo "DataError: b.jsonl, line 2: no JSON" > {log}; echo 3\n'
+    log.parent.mkdir()
+    log.with_name("part_0.log").write_text("DataError: of a build before\n")
+    log.write_text("DataError: of a build before, too\n")
+    submit = f'#!/bin/sh\necho "DataError: b.jsonl, line 2: no JSON" >> {log}; echo 3\n'
     (tmp_path / "sbatch").write_text(submit)
     (tmp_path / "sbatch").chmod(0o755)
     fake_scontrol(tmp_path, monkeypatch, "JobId=3 JobState=CANCELLED ExitCode=0:0")
@@ -252,15 +258,15 @@ def test_a_driver_requeues_its_own_life_of_the_job_alone(state, restarts, is_ask
     assert not is_asked or (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
-@pytest.mark.parametrize(("time", "by_slurm"), [("None", False), ("2026-11-30T20:00:00", True)])
-def test_a_job_that_makes_room_for_another_is_stopped_by_slurm(time, by_slurm, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("time", "preempted"), [("None", False), ("2026-11-30T20:00:00", True)])
+def test_a_job_that_makes_room_for_another_is_known(time, preempted, tmp_path, monkeypatch):
     fake_scontrol(tmp_path, monkeypatch, RECORD.format("RUNNING", 0, time))
     before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
     stop = slurm_job._Stop("7")
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.received, stop.by_slurm) == ([signal.SIGTERM], False)
-        assert stop.is_slurms() == by_slurm
+        assert stop.is_preempted() == preempted
     finally:
         for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
@@ -320,9 +326,9 @@ def test_a_build_is_an_array_of_its_parts_and_a_job_that_waits_for_them(tmp_path
     assert main(["data", "build", *keys[:-1]]) == 3, "it waits for no job that could still make the tokenizer"
     assert "tokenizer" in capfd.readouterr().err
     folder = tmp_path / "out.slurm"
-    fake_scontrol(tmp_path, monkeypatch, "JobId=2 JobState=PENDING ExitCode=0:0")
+    fake_scontrol(tmp_path, monkeypatch, "JobId=1 JobState=PENDING ExitCode=0:0")
     assert main(["data", "build", *keys]) == 5
-    assert f"output: job 2 of {folder} is PENDING; `scancel 2` ends it" in capfd.readouterr().err
+    assert f"output: job 1 of {folder} is PENDING; `scancel 1 2` ends it" in capfd.readouterr().err
     first, second = (tmp_path / "sbatch.log").read_text().splitlines()
     assert first == f"--parsable --dependency=afterok:7 --kill-on-invalid-dep=yes {folder}/parts.sbatch"
     assert second == f"--parsable --dependency=afterok:1 --kill-on-invalid-dep=yes {folder}/build.sbatch"

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megalite.config.sweep import Dimension
-from megalite.errors import DataError
+from megalite.errors import DataError, ResourceError
 from megalite.launch.cli import main
 from megalite.launch.sweep import plan as sweep_plan
 from megalite.launch.sweep import run as sweep_run
@@ -23,6 +23,7 @@ from megalite.launch.sweep import search as sweep_search
 from megalite.launch.sweep import study as sweep_study
 from megalite.launch.sweep.plan import read_command
 from megalite.launch.sweep.search import Search
+from megalite.launch.sweep.state import Outcome, save_outcome
 from megalite.metrics.jsonl import read_metrics
 from tests.launch.sweeps import MODEL, compose_quickly, read_table, use_stub, wait_until
 from tests.runs import write_store
@@ -155,6 +156,25 @@ def test_a_disk_that_is_away_costs_no_trial(command, monkeypatch, capsys):
     monkeypatch.setattr(sweep_search, "build_job", real)
     assert main([*command, LR, "sweep.trials=3"]) == 0
     assert trials() == [(number, "COMPLETE") for number in range(3)]
+
+
+def test_a_disk_that_takes_no_lock_is_no_other_worker(command, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise ResourceError("sweep.dir: nothing can be written: No space left on device")
+
+    search = Search(read_command([*command[2:], LR, "sweep.trials=1"]))
+    monkeypatch.setattr(sweep_search, "RunLock", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        search.next()
+
+
+def test_lives_too_short_for_a_step_end_the_worker_with_a_word(command):
+    """Another life of its task would end in the same way, and so on for every trial."""
+    search = Search(read_command([*command[2:], LR, "sweep.trials=2"]))
+    job = search.next()
+    save_outcome(DIRECTORY, job.label, Outcome(1.0, 5, "ResourceError: the time limit came before a step was saved"))
+    assert search.ended(job, 5) == 5
+    assert search.in_vain == "ResourceError: the time limit came before a step was saved"
 
 
 def test_a_trial_whose_ranks_were_killed_stays(command):

@@ -22,11 +22,13 @@ from megalite.launch import torchrun_agent
 def test_who_failed_is_told_before_the_others_are_ended(code, seconds, told, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(SubprocessContext, "close", lambda self, death_sig, timeout: asked.append(timeout))
-    pids = torchrun_agent._tell_failures_at_once()
+    pids, ends = torchrun_agent._tell_failures_at_once()
     failures = {} if code is None else {1: ProcessFailure(local_rank=1, pid=7, exitcode=code, error_file="none")}
-    ranks = SimpleNamespace(_failures=failures, envs={1: {"RANK": "3"}})
+    handlers = {number: SimpleNamespace(proc=SimpleNamespace(returncode=number)) for number in (0, 75)}
+    ranks = SimpleNamespace(_failures=failures, envs={1: {"RANK": "3"}}, subprocess_handlers=handlers)
     for _ in range(2):
         SubprocessContext.close(ranks, signal.SIGTERM)
     assert asked == [seconds] * 2
     assert capsys.readouterr().err.count("rank 3") == bool(told), "once"
+    assert ends == {0, 75}
     assert pids == ({7} if told else set())
