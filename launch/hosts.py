@@ -16,7 +16,7 @@ from megalite.config.compose import config_digest, config_values
 from megalite.config.schema import TrainConfig
 from megalite.data.format import TokenStore
 from megalite.errors import DataError, ResourceError
-from megalite.host import CLOCK_SECONDS, package_versions, shared_mark
+from megalite.host import differences, package_versions, shared_mark
 from megalite.log import get_logger
 from megalite.network import PORT_SECONDS, any_address, await_port, interface_of, is_own, listen
 
@@ -193,16 +193,12 @@ def _problems(hosts: Sequence[Host]) -> Iterator[str]:
     """Why the hosts that came cannot train together."""
     first, others = hosts[0], hosts[1:]
     for host in others:
-        for name, version in first.versions.items():
-            if host.versions.get(name) != version:
-                yield f"{host.name} has {name} {host.versions.get(name)}, {first.name} has {version}: install the same"
+        yield from differences(host.name, host.versions, host.clock, first.name, first.versions)
         if host.config != first.config:
             yield f"{host.name} was started with another configuration than {first.name}: give both the same command"
         for path, digest in first.stores.items():
             if host.stores.get(path) != digest:
                 yield f"{path}: on {host.name} it is not what it is on {first.name} ({host.stores.get(path)}; {digest})"
-        if abs(host.clock) > CLOCK_SECONDS:
-            yield f"the clock of {host.name} is {host.clock:+.1f} s off that of {first.name}: let NTP set both"
 
 
 def _send(connection: socket.socket, value: object) -> None:

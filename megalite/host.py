@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,20 @@ def package_versions() -> dict[str, str]:
     """The versions on which hosts must agree to train together."""
     versions = {"python": platform.python_version(), "megalite": megalite.__version__}
     return versions | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def differences(
+    host: str, versions: Mapping[str, str], ahead: float, first: str, wanted: Mapping[str, str]
+) -> list[str]:
+    """Why `host` cannot train together with the host `first`, whose versions are `wanted`; `ahead`: its clock, in s."""
+    problems = [
+        f"{host} has {name} {versions.get(name)}, {first} has {version}: install the same"
+        for name, version in wanted.items()
+        if versions.get(name) != version
+    ]
+    if abs(ahead) > CLOCK_SECONDS:
+        problems.append(f"the clock of {host} is {ahead:+.1f} s off that of {first}: let NTP set both")
+    return problems
 
 
 @contextmanager

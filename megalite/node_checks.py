@@ -25,7 +25,7 @@ from megalite.config.place import Place, drop_local_rank, place_from_environment
 from megalite.config.schema import DoctorConfig
 from megalite.config.validate_commands import validate_doctor
 from megalite.errors import EXIT_OK, EXIT_RESOURCE, MegaliteError
-from megalite.host import CLOCK_SECONDS, package_versions, shared_mark, write_mark
+from megalite.host import differences, package_versions, shared_mark, write_mark
 from megalite.log import get_logger, setup_logging
 from megalite.process import pick_device, start_process_group
 
@@ -117,12 +117,7 @@ def find_problems(nodes: Sequence[Node], run_dir: Path, trouble: str = "") -> It
     for node in nodes:
         if node.local_rank != 0:
             continue
-        for package, version in first.versions.items():
-            if node.versions.get(package) != version:
-                found = node.versions.get(package)
-                yield f"{node.name} has {package} {found}, {first.name} has {version}: install the same"
-        if abs(node.clock) > CLOCK_SECONDS:
-            yield f"the clock of {node.name} is {node.clock:+.1f} s off that of {first.name}: let NTP set both"
+        yield from differences(node.name, node.versions, node.clock, first.name, first.versions)
         if trouble:
             continue
         if node.sees is None:

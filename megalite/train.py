@@ -27,7 +27,7 @@ from megalite.guard.run_state import LifeRecord
 from megalite.guard.signals import StopSignals
 from megalite.guard.stall import Limits
 from megalite.guard.vitals import Vitals
-from megalite.host import CLOCK_SECONDS, package_versions
+from megalite.host import differences, package_versions
 from megalite.log import errors_in_log, get_logger, setup_logging
 from megalite.mesh import build_mesh
 from megalite.preflight import preflight
@@ -197,13 +197,9 @@ def _check_agreement(config: TrainConfig) -> None:
         if hosts := sorted({one.host for one in everyone if one.stores[path] != digest}):
             raise DataError(f"{path}: on {', '.join(hosts)} it is another store than on {first.host}; copy it again")
     for one in everyone:
-        for name, version in first.versions.items():
-            if one.versions.get(name) != version:
-                raise ResourceError(
-                    f"{one.host} has {name} {one.versions.get(name)}, {first.host} has {version}: install the same"
-                )
-        if one.host != first.host and abs(ahead := one.clock - first.clock) > CLOCK_SECONDS:
-            raise ResourceError(f"the clock of {one.host} is {ahead:+.1f} s off that of {first.host}: let NTP set both")
+        ahead = one.clock - first.clock if one.host != first.host else 0.0
+        if problems := differences(one.host, one.versions, ahead, first.host, first.versions):
+            raise ResourceError("\n".join(problems))
 
 
 if __name__ == "__main__":

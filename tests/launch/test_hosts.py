@@ -111,7 +111,7 @@ def test_a_host_that_is_unfit_is_named(config, point, change, message):
 
 def test_a_clock_of_its_own_and_a_directory_of_its_own(config, point, monkeypatch):
     """The one keeps hosts from training together, the other does not."""
-    monkeypatch.setattr(room, "CLOCK_SECONDS", -1.0)
+    monkeypatch.setattr("megalite.host.CLOCK_SECONDS", -1.0)
     monkeypatch.setattr(room.Path, "iterdir", lambda self: iter(()))
     warned = []
     monkeypatch.setattr(room.log, "warning", lambda text, *values: warned.append(text % values))
