@@ -17,7 +17,7 @@ from megalite.guard.observer import FOLDER
 from megalite.guard.run_state import STATE_FILE, RunState, read_state
 
 from ..slurm.queue import Queue, ask_squeue
-from ..slurm.submit import JOB
+from ..slurm.submit import JOB, log_of
 from ..tail import modified, read_small, tail_lines, tail_rows
 from .first_error import find_first_error
 from .log_entries import clean
@@ -147,7 +147,7 @@ def _with_job(run: RunStatus, queue: Queue) -> RunStatus:
 
 def _last_words(run_dir: Path, job: str) -> str:
     """Why a job has ended before any rank began."""
-    lines = [line for line in tail_lines(run_dir / "logs" / f"slurm_{job}.log")[0] if line.strip()]
+    lines = [line for line in tail_lines(log_of(run_dir, job))[0] if line.strip()]
     nothing = f"job {job} ended and left no log in {run_dir / 'logs'}: does its first node have that directory?"
     return clean(lines[-1].strip()) if lines else nothing
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megalite.config.frozen import FROZEN, config_to_send, sent_config
-from megalite.config.place import port_of_job
+from megalite.config.place import own_job, port_of_job
 from megalite.config.schema import TrainConfig
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, ConfigError, MegaliteError, ResourceError
 from megalite.guard.observer import read_json
@@ -23,7 +23,7 @@ from megalite.log import setup_logging
 from ..lives import FINAL, run_lives, saved_step
 from ..prepare import given_environment, world_of
 from ..supervise import clean_environment
-from .submit import command, job_record, own_job
+from .submit import command, job_record
 
 _POLL_SECONDS = 0.2
 _REQUEUE_SECONDS = 600.0  # in which the controller may be away when the job goes back into the queue

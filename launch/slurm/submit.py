@@ -115,12 +115,6 @@ def wait_for(job: str) -> int:
     return code if state != "COMPLETED" else EXIT_OK
 
 
-def own_job() -> str:
-    """The job that this process is in: its number, or ARRAY_TASK. The number of one task is that of its whole array."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-
-
 def job_state(job: str, patience: float = 0.0) -> tuple[str, int]:
     """A job's state in Slurm's words, and its exit code (128 + a signal's number)."""
     shown = job_record(job, patience)

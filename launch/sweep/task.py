@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from megalite.config.frozen import read_config
+from megalite.config.place import own_job
 from megalite.errors import EXIT_RESOURCE, ConfigError, MegaliteError, ResourceError
 from megalite.log import setup_logging
 
 from ..slurm.job import run_job
-from ..slurm.submit import command, own_job
+from ..slurm.submit import command
 from .array import ARRAY_FILE, CONFIG
 from .plan import Sweep, read_command
 from .run import Slot, run_side_by_side

@@ -81,6 +81,15 @@ def _place_of_slurm(environment: Mapping[str, str]) -> Place:
     )
 
 
+def own_job() -> str:
+    """The Slurm job that this process is in: its number, or ARRAY_TASK; empty outside of Slurm.
+
+    Of an array one task has the number of the whole, which would mean all of them.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID", "")
+
+
 def port_of_job(job: int) -> int:
     """Where the ranks of a Slurm job meet; with the port above it no other's, for jobs with numbers side by side."""
     return 20000 + 2 * (job % 6000)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megalite.config.place import own_job
 from megalite.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, MegaliteError, Preempted
 from megalite.guard.lock import is_locked
 from megalite.redaction import redact_text
@@ -40,11 +41,10 @@ class LifeRecord:
 
     def __init__(self, run_dir: Path, world_size: int):
         """The run is `running`."""
-        now, job = time.time(), os.environ.get("SLURM_ARRAY_JOB_ID")
-        job = f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if job else os.environ.get("SLURM_JOB_ID", "")
+        now = time.time()
         self._path = run_dir / STATE_FILE
         self._ends_as = "finished"
-        self._state = RunState("running", now, now, world_size, socket.gethostname(), os.getpid(), job)
+        self._state = RunState("running", now, now, world_size, socket.gethostname(), os.getpid(), own_job())
 
     def __enter__(self) -> "LifeRecord":
         self._write()

@@ -12,6 +12,7 @@ import pytest
 
 from megalite.config.compose import compose_train
 from megalite.config.frozen import FROZEN, config_to_send, config_yaml, encoded_config, sent_config
+from megalite.config.place import own_job
 from megalite.config.validate import resolve_auto, validate_train
 from megalite.config.validate_launch import time_limit
 from megalite.errors import ConfigError, DataError, ResourceError
@@ -20,7 +21,7 @@ from megalite.launch.launchers import LAUNCHERS
 from megalite.launch.prepare import Training, prepare, world_of
 from megalite.launch.slurm import job as slurm_job
 from megalite.launch.slurm.job import srun_command
-from megalite.launch.slurm.submit import command, job_record, own_job, script_of, start_slurm
+from megalite.launch.slurm.submit import command, job_record, script_of, start_slurm
 from tests.runs import VOCAB, write_store
 
 CONF = Path(__file__).parents[2] / "conf/launch"
